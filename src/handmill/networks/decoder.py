@@ -1,7 +1,7 @@
 """A decoder-only transformer: GPT-2's shape, Llama's, and what lies between, by explicit settings.
 
 Radford et al. 2019 (GPT-2); Touvron et al. 2023 (Llama); Ainslie et al. 2023 (grouped queries);
-Henry et al. 2020 (query-key norm); So et al. 2021 (squared ReLU); Shazeer 2020 (SwiGLU).
+Dehghani et al. 2023 (query-key norm); So et al. 2021 (squared ReLU); Shazeer 2020 (SwiGLU).
 
 B batch, T new positions, S all positions so far, C width, H query heads, K key/value heads, D head width, V vocabulary.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from handmill.errors import UserError
-from handmill.networks.layers import RMSNorm, rotary_table, rotate
+from handmill.networks.layers import LayerNorm, RMSNorm, attend, relu_squared, rotary_table, rotate
 from handmill.recipe import positive, within
 
 
@@ -35,10 +35,13 @@ class Settings:
     positions: Literal["rotary", "learned"] = "rotary"
     theta: float = 10_000.0  # base of the rotary wavelengths
     activation: Literal["gelu", "swiglu", "relu2"] = "relu2"
-    qk_norm: bool = True  # RMS norm of queries and keys, no gain, before the rotation
+    attention_scale: float = 0.0  # times q k^T; 0: 1 / sqrt(D)
+    qk_norm: bool = True  # layer norm of queries and keys, no gain, before the rotation
     tied: bool = False  # the output head shares the embedding's weights
+    gain: bool = True  # LayerNorm has a learned gain
     bias: bool = False  # in every linear layer and LayerNorm
     dropout: float = 0.0
+    start: Literal["gpt2", "zero"] = "zero"  # initial weights, see Decoder._initialise
 
     def __post_init__(self) -> None:
         positive(self, "layers", "width", "heads", "context", "norm_epsilon", "theta")
@@ -55,6 +58,10 @@ class Settings:
     @property
     def head_width(self) -> int:  # D
         return self.width // self.heads
+
+    @property
+    def scale(self) -> float:
+        return self.attention_scale or self.head_width**-0.5
 
     @property
     def key_heads(self) -> int:  # K
@@ -88,6 +95,8 @@ class Attention(nn.Module):
         self.key = nn.Linear(s.width, s.key_heads * s.head_width, bias=s.bias)
         self.value = nn.Linear(s.width, s.key_heads * s.head_width, bias=s.bias)
         self.out = nn.Linear(s.heads * s.head_width, s.width, bias=s.bias)
+        if s.qk_norm:
+            self.qk_norm = LayerNorm(s.head_width, s.norm_epsilon, gain=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None,
                 past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -96,14 +105,12 @@ class Attention(nn.Module):
         k = self.key(x).unflatten(-1, (s.key_heads, s.head_width)).transpose(1, 2)  # (B, K, T, D)
         v = self.value(x).unflatten(-1, (s.key_heads, s.head_width)).transpose(1, 2)  # (B, K, T, D)
         if s.qk_norm:
-            q, k = (F.rms_norm(y, (s.head_width,), eps=s.norm_epsilon) for y in (q, k))
+            q, k = self.qk_norm(q), self.qk_norm(k)
         if rotary is not None:
-            q, k = (rotate(y, *rotary).to(v.dtype) for y in (q, k))
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, K, S, D)
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout_p=s.dropout if self.training else 0.0,
-            is_causal=mask is None and q.shape[2] > 1, enable_gqa=s.key_heads != s.heads)  # (B, H, T, D)
+        y = attend(q, k, v, mask, s.scale, s.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).flatten(2)), (k, v)
 
 
@@ -122,7 +129,7 @@ class MLP(nn.Module):
         if self.activation == "swiglu":
             return self.down(F.silu(self.gate(x)) * self.up(x))
         hidden = self.up(x)
-        return self.down(F.gelu(hidden, approximate="tanh") if self.activation == "gelu" else F.relu(hidden).square())
+        return self.down(F.gelu(hidden, approximate="tanh") if self.activation == "gelu" else relu_squared(hidden))
 
 
 class Block(nn.Module):
@@ -182,8 +189,8 @@ class Decoder(nn.Module):
             x = x + self.position(positions)
         else:
             cos, sin = rotary_table(positions, s.head_width, s.theta)
-            rotary = (cos, sin) if padding is None else (cos[:, None], sin[:, None])  # (B, 1, T, D/2)
-            rotary = (rotary[0].to(x.dtype), rotary[1].to(x.dtype))
+            cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+            rotary = (cos, sin) if padding is None else (cos[:, None], sin[:, None])  # (T, D) or (B, 1, T, D)
         x = self.dropout(x)
         keys, values = [], []
         for i, block in enumerate(self.blocks):
@@ -192,6 +199,13 @@ class Decoder(nn.Module):
             keys.append(k)
             values.append(v)
         return self.norm(x), State(tuple(keys), tuple(values), padding)
+
+    def flops_per_token(self) -> float:
+        """Floating-point operations of training on one token: 6 a matrix weight, and the causal half of attention
+        (Kaplan et al. 2020, table 1)."""
+        s = self.settings
+        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6.0 * matrices + 6.0 * s.layers * s.context * s.heads * s.head_width
 
     @staticmethod
     def padded(padding: Tensor) -> State:
@@ -210,21 +224,27 @@ class Decoder(nn.Module):
         return causal & (real | itself)
 
     def _initialise(self) -> None:
-        """Normal weights of deviation 0.02 (GPT-2), 1/sqrt(fan-in) with RMS norms; layers that write to the
-        residual stream start at a deviation smaller by sqrt(2 layers), as in GPT-2 section 2.3."""
-        for name, parameter in self.named_parameters():
-            if parameter.ndim < 2:
-                nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
+        """"gpt2": deviation 0.02, and what writes to the residual stream smaller by sqrt(2 layers) (GPT-2, section 2.3).
+
+        "zero": deviation 1 / sqrt(fan-in), the embedding 1, and what writes to the residual stream or the logits 0,
+        so that every block starts as the identity and Muon's updates set the scale.
+        """
+        s = self.settings
+        for name, p in self.named_parameters():
+            if p.ndim < 2:
+                nn.init.zeros_(p) if name.endswith("bias") else nn.init.ones_(p)
                 continue
-            std = 0.02 if self.settings.norm == "layer" else parameter.shape[1] ** -0.5
-            if name.startswith(("embedding", "position", "head")):
-                std = 0.02
-            elif name.endswith(("out.weight", "down.weight")):
-                std /= math.sqrt(2 * self.settings.layers)
-            nn.init.normal_(parameter, std=std)
+            last = name.endswith(("out.weight", "down.weight"))
+            if s.start == "gpt2":
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * s.layers) if last else 0.02)
+            elif last or name == "head.weight":
+                nn.init.zeros_(p)
+            else:
+                outside = name.startswith(("embedding", "position"))
+                nn.init.normal_(p, std=(0.02 if s.tied else 1.0) if outside else p.shape[1] ** -0.5)
 
 
 def _norm(settings: Settings) -> nn.Module:
     if settings.norm == "rms":
         return RMSNorm(settings.width, settings.norm_epsilon)
-    return nn.LayerNorm(settings.width, settings.norm_epsilon, bias=settings.bias)
+    return LayerNorm(settings.width, settings.norm_epsilon, settings.gain, settings.bias)

@@ -1,12 +1,19 @@
-"""Layers that several networks share. B batch, T time, C channels, H heads, D head width."""
+"""Layers that several networks share, and the forms of them that are fast on a CPU.
+
+B batch, T time, S positions to look at, C channels, H heads, K key/value heads, D head width.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+EXPLICIT_UP_TO = 128  # positions; below this, a CPU trains faster through plain bf16 products than through its flash kernel
+
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a learned gain, computed in fp32 (Zhang & Sennrich 2019, eq. 4)."""
+    """Root-mean-square normalisation with a learned gain (Zhang & Sennrich 2019, eq. 4)."""
 
     def __init__(self, width: int, epsilon: float = 1e-6) -> None:
         super().__init__()
@@ -17,14 +24,101 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
 
 
+class LayerNorm(nn.Module):
+    """Layer normalisation with optional gain and bias (Ba et al. 2016); one fused kernel each way on a CPU."""
+
+    def __init__(self, width: int, epsilon: float = 1e-5, gain: bool = True, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width)) if gain else None
+        self.bias = nn.Parameter(torch.zeros(width)) if gain and bias else None
+        self.width, self.epsilon = width, epsilon
+
+    def forward(self, x: Tensor) -> Tensor:  # (*, C) -> (*, C)
+        return F.layer_norm(x, (self.width,), self.weight, self.bias, self.epsilon)
+
+
 def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (Su et al. 2021, eq. 34), each (*positions, width / 2), fp32."""
+    """The rotary embedding's factors (Su et al. 2021, eq. 34), each (*positions, width), fp32.
+
+    `rotate` pairs channel i with i + width / 2, so the cosines are doubled and the sines carry the sign.
+    """
     frequency = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
     angle = positions[..., None].float() * frequency
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + D/2) of x (B, H, T, D) by the table's angles (T, D/2) or (B, 1, T, D/2)."""
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    """Turn the channel pairs of x (B, H, T, D) by the table's angles, (T, D) or (B, 1, T, D)."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        turned: Tensor = _Rotate.apply(x, cos, sin)
+        return turned
+    return _turn(x, cos, sin)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(0, x)^2 (So et al. 2021)."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        squared: Tensor = _ReluSquared.apply(x)
+        return squared
+    return F.relu(x).square()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+    """softmax(scale q k^T) v for q (B, H, T, D) and k, v (B, K, S, D); causal where no mask is given.
+
+    On a CPU the flash kernel's backward pass is slow in bf16 (7 ms where plain products take 0.8 at T = 64, and no
+    faster than fp32 beyond), so short training sequences take plain products and long ones go through fp32.
+    """
+    causal = mask is None and q.shape[2] > 1
+    training = torch.is_grad_enabled() and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if training and causal and not dropout and q.shape[2] <= EXPLICIT_UP_TO and not torch.compiler.is_compiling():
+        return _attend_explicitly(q, k, v, scale)
+    wide = q.dtype if not training or torch.compiler.is_compiling() else torch.float32
+    y = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), mask, dropout, causal,
+                                       scale=scale, enable_gqa=k.shape[1] != q.shape[1])
+    return y.to(q.dtype)  # (B, H, T, D)
+
+
+def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    b, h, t, d = q.shape
+    if k.shape[1] != h:
+        k, v = (y.repeat_interleave(h // k.shape[1], 1) for y in (k, v))
+    future = torch.full((t, t), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    q, k, v = (y.reshape(b * h, t, d) for y in (q, k, v))
+    scores = torch.baddbmm(future.expand(b * h, t, t), q, k.mT, alpha=scale)  # (B*H, T, T)
+    return (scores.softmax(-1) @ v).view(b, h, t, d)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is the rotation by the opposite angle: three kernels in place of nine."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+class _ReluSquared(torch.autograd.Function):
+    """Keeps only max(0, x), half of what autograd would keep."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        hidden = F.relu(x)
+        ctx.save_for_backward(hidden)
+        return hidden * hidden
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (hidden,) = ctx.saved_tensors
+        gradient: Tensor = (grad * hidden).mul_(2)
+        return gradient

@@ -1,0 +1,207 @@
+"""The command line: one function a verb, thin. Errors of the user end in one sentence and exit code 2."""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from handmill import __version__
+from handmill.errors import UserError
+
+OVERRIDES = "recipe keys to override, for example training.steps=500"
+
+
+def new(args: argparse.Namespace) -> None:
+    from handmill import recipe as recipes
+    from handmill.verbs.new import new
+
+    if args.recipe is None:
+        for name in recipes.shipped_names():
+            print(f"{name:12s} {(recipes.SHIPPED / (name + '.toml')).read_text(encoding='utf-8').splitlines()[0][2:]}")
+        return
+    out = new(args.recipe, args.files, args.out or Path(f"{args.name or args.recipe}.toml"), args.name)
+    print(f"wrote {out}; next: handmill train {out}")
+
+
+def plan(args: argparse.Namespace) -> None:
+    from handmill.training.plan import lines
+    from handmill.verbs.plan import plan
+
+    print("\n".join(lines(plan(args.recipe, args.out, args.overrides))))
+
+
+def train(args: argparse.Namespace) -> None:
+    from handmill.verbs.train import train
+
+    train(args.recipe, args.out, args.overrides, quiet=args.quiet)
+
+
+def check(args: argparse.Namespace) -> None:
+    from handmill.checks.text import lines
+    from handmill.verbs.check import check
+
+    print("\n".join(lines(check(args.folder, **pairs(args.overrides)))))
+
+
+def generate(args: argparse.Namespace) -> None:
+    from handmill import folder
+    from handmill.verbs.generate import generate, stream
+
+    settings = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")
+                if getattr(args, k) is not None}
+    settings |= {"seed": args.seed} | ({"stop": tuple(args.stop)} if args.stop else {})
+    model = folder.load(args.folder)
+    prompts = [p.read_text(encoding="utf-8") for p in args.prompt_file] + args.prompt or [""]
+    prompts = [p for p in prompts for _ in range(args.n)]
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        for piece in stream(model, prompts[0], runtime=args.runtime, **settings):
+            print(piece, end="", flush=True)
+        print()
+        return
+    for i, text in enumerate(generate(model, prompts, runtime=args.runtime, **settings)):
+        print(f"--- {i + 1}\n{prompts[i]}{text}")
+
+
+def export(args: argparse.Namespace) -> None:
+    from handmill.verbs.export import export
+
+    result = export(args.folder, args.to)
+    print(f"wrote {args.folder / 'exports' / args.to}")
+    for key, value in result.items():
+        if not isinstance(value, dict | list):
+            print(f"  {key.replace('_', ' '):24s} {value}")
+
+
+def serve(args: argparse.Namespace) -> None:
+    from handmill.verbs.serve import serve
+
+    serve(args.folders, args.host, args.port)
+
+
+def card(args: argparse.Namespace) -> None:
+    from handmill.verbs.card import card
+
+    for path in card(args.folder):
+        print(path)
+
+
+def demo(args: argparse.Namespace) -> None:
+    from handmill.verbs.demo import demo
+
+    demo(args.out)
+
+
+def pairs(overrides: Sequence[str]) -> dict[str, object]:
+    """key=value words as keywords, each value read as TOML where it is TOML."""
+    import tomllib
+
+    result: dict[str, object] = {}
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"{word!r} is not an override: write key=value, for example samples=8")
+        try:
+            result[key] = tomllib.loads(f"x = {value}")["x"]
+        except tomllib.TOMLDecodeError:
+            result[key] = value
+    return result
+
+
+def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole parser, and each verb's own, with its options and an example."""
+    top = argparse.ArgumentParser(
+        "handmill", description="Your files in; a generative model you own out.",
+        epilog="The road: new -> plan -> train -> check -> generate -> export -> serve, and card. "
+               "Each verb has its own --help with an example.")
+    top.add_argument("--version", action="version", version=f"handmill {__version__}")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(function: object, about: str, example: str) -> argparse.ArgumentParser:
+        name = function.__name__  # type: ignore[attr-defined]
+        sub = verbs.add_parser(name, help=about, description=about, epilog=f"example:\n  handmill {name} {example}",
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.set_defaults(function=function)
+        return sub
+
+    p = verb(new, "write a commented recipe and point it at your files", "gpt notes/ --out notes.toml")
+    p.add_argument("recipe", nargs="?", help="a shipped recipe; leave out to list them")
+    p.add_argument("files", nargs="*", help="files, folders or globs of text")
+    p.add_argument("--out", type=Path, help="the file to write (default: RECIPE.toml)")
+    p.add_argument("--name", help="the model's name; its folder is runs/NAME")
+
+    p = verb(plan, "say what training will take: memory, time, disk, largest batch", "notes.toml training.batch=64")
+    _recipe_arguments(p)
+    p = verb(train, "train from a recipe and write the model folder; goes on where an interrupted run stopped",
+             "notes.toml training.steps=500")
+    _recipe_arguments(p)
+    p.add_argument("--quiet", action="store_true", help="print nothing")
+
+    p = verb(check, "measure a model on held-out documents, beside floors, and look for copies", "runs/notes samples=16")
+    p.add_argument("folder", type=Path, help="a model folder")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe's [check] table")
+
+    p = verb(generate, "make text", 'runs/notes "Once upon" --temperature 0.7 --max-tokens 100 --seed 3')
+    p.add_argument("folder", type=Path, help="a model folder")
+    p.add_argument("prompt", nargs="*", help="texts to continue (default: start from nothing)")
+    p.add_argument("--prompt-file", type=Path, action="append", default=[], help="a file whose text is continued")
+    p.add_argument("-n", type=int, default=1, help="samples a prompt (default 1)")
+    p.add_argument("--seed", type=int, default=1, help="the same seed gives the same text (default 1)")
+    p.add_argument("--runtime", choices=("torch", "onnx"), default="torch", help="what runs the network")
+    for name, kind, about in (("temperature", float, "0: always the likeliest token"), ("top-k", int, "tokens to choose from"),
+                              ("top-p", float, "probability mass to choose from"),
+                              ("min-p", float, "least share of the likeliest token's probability"),
+                              ("repetition-penalty", float, "above 1: less repetition"),
+                              ("max-tokens", int, "new tokens a sample")):
+        p.add_argument(f"--{name}", type=kind, help=f"{about} (default: the recipe's)")
+    p.add_argument("--stop", action="append", help="a text that ends the sample; may be given more than once")
+
+    p = verb(export, "write the model for another runtime, compared with the original on the spot", "runs/notes --to onnx")
+    p.add_argument("folder", type=Path, help="a model folder")
+    p.add_argument("--to", choices=("onnx", "huggingface"), required=True)
+
+    p = verb(serve, "serve model folders over an OpenAI-shaped REST interface on this machine", "runs/notes --port 8000")
+    p.add_argument("folders", type=Path, nargs="+", help="model folders")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    p.add_argument("--port", type=int, default=8000)
+
+    p = verb(card, "write the model card as Markdown and HTML", "runs/notes")
+    p.add_argument("folder", type=Path, help="a model folder")
+
+    p = verb(demo, "the whole road on text that every Python has, in two minutes", "")
+    p.add_argument("--out", type=Path, default=Path("runs"), help="where the demo's folders go (default: runs)")
+    return top, verbs.choices
+
+
+def _recipe_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("recipe", help="a recipe file, or a shipped recipe's name")
+    p.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
+    p.add_argument("--out", type=Path, help="the model folder (default: runs/NAME)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; 0 when it worked, 2 with one sentence when the user has something to mend, 130 on Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    top, verbs = parsers()
+    if words and words[0] in verbs:  # so that options and overrides may stand in any order
+        args = verbs[words[0]].parse_intermixed_args(words[1:], argparse.Namespace(verb=words[0]))
+    else:
+        args = top.parse_args(words)
+    try:
+        args.function(args)
+    except UserError as error:
+        print(f"handmill {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `handmill generate ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(f"handmill {args.verb}: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0

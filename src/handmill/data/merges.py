@@ -1,0 +1,114 @@
+"""Learning the merges of a byte-pair encoding (Sennrich et al. 2016) in NumPy.
+
+All distinct words lie in one array, joined by a separator. A merge touches only the places where its pair occurs,
+and all of those at once; the counts of the pairs around them are taken off before and put back after. The cost
+is that of the places touched, not of the whole text times the merges.
+"""
+
+import heapq
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+_BREAK, _GONE = -1, -2  # between words; absorbed into the symbol on the left
+_CUT = 256  # bytes; longer words are learnt from in pieces
+
+
+def learn(words: Mapping[bytes, int], merges: int) -> list[tuple[int, int]]:
+    """At most `merges` pairs of tokens in the order learnt: the most frequent pair each time, ties by the smaller ids.
+
+    Fewer when no pair occurs twice. A pair whose bytes are a token already is passed over, so that bytes and
+    tokens stay one to one and the result can be written as an ordinary vocabulary.
+    """
+    state = _Words(words, 257 + merges)
+    pieces = [bytes([value]) for value in range(256)]
+    known, learnt = set(pieces), []
+    while len(learnt) < merges and (pair := state.best()) is not None:
+        left, right = pair
+        piece = pieces[left] + pieces[right]
+        if piece in known:
+            continue
+        known.add(piece)
+        pieces.append(piece)
+        state.merge(left, right, 256 + len(learnt))
+        learnt.append(pair)
+    return learnt
+
+
+class _Words:
+    """The words as linked symbols, with the count and the places of every pair of neighbours."""
+
+    def __init__(self, words: Mapping[bytes, int], base: int) -> None:
+        chunks = [(word[i:i + _CUT], n) for word, n in words.items() for i in range(0, len(word), _CUT)]
+        joined = b"\xff" + b"".join(chunk + b"\xff" for chunk, _ in chunks)  # no UTF-8 text holds the byte 255
+        self.symbols = np.frombuffer(joined, np.uint8).astype(np.int64)  # (N,)
+        self.symbols[self.symbols == 0xFF] = _BREAK
+        lengths = np.array([1] + [len(chunk) + 1 for chunk, _ in chunks])
+        self.weights = np.repeat(np.array([0] + [n for _, n in chunks], np.int64), lengths)  # (N,)
+        size = len(self.symbols)
+        self.after, self.before = np.arange(1, size + 1), np.arange(-1, size - 1)
+        self.base = base
+        self.counts: dict[int, int] = {}
+        self.places: dict[int, list[Ints]] = {}
+        self.heap: list[tuple[int, int]] = []
+        self._put(np.arange(size - 1))
+
+    def best(self) -> tuple[int, int] | None:
+        """Take out the pair with the highest count, or None when none occurs twice."""
+        while self.heap:
+            negative, key = heapq.heappop(self.heap)
+            count = self.counts.get(key, 0)
+            if count == -negative and count > 1:
+                del self.counts[key]
+                return divmod(key, self.base)
+            if 1 < count < -negative:  # a merge nearby has taken some away since
+                heapq.heappush(self.heap, (-count, key))
+        return None
+
+    def merge(self, left: int, right: int, new: int) -> None:
+        """Make every occurrence of the pair one symbol."""
+        at = self._occurrences(left, right)  # (P,)
+        absorbed = self.after[at]
+        following = self.after[absorbed]
+        self._take(np.unique(np.concatenate([self.before[at], at, absorbed])))
+        self.symbols[at], self.symbols[absorbed] = new, _GONE
+        self.after[at], self.before[following] = following, at
+        self._put(np.unique(np.concatenate([self.before[at], at])))
+
+    def _occurrences(self, left: int, right: int) -> Ints:
+        at = np.sort(np.concatenate(self.places.pop(left * self.base + right)))
+        at = at[(self.symbols[at] == left) & (self.symbols[self.after[at]] == right)]
+        if left != right or len(at) < 2:
+            return at
+        # in "aaaa" only every other pair can be merged: keep the even places of each run
+        fresh = np.concatenate([[True], at[1:] != self.after[at[:-1]]])
+        first = np.maximum.accumulate(np.where(fresh, np.arange(len(at)), 0))
+        return at[(np.arange(len(at)) - first) % 2 == 0]
+
+    def _groups(self, at: Ints) -> Iterator[tuple[int, int, Ints]]:
+        """Key, count and places of each pair that begins at one of the places."""
+        left, right = self.symbols[at], self.symbols[self.after[at]]
+        inside = (left >= 0) & (right >= 0)
+        at, keys = at[inside], left[inside] * self.base + right[inside]
+        if not len(at):
+            return
+        order = np.argsort(keys, kind="stable")
+        at, keys = at[order], keys[order]
+        begins = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+        counts = np.add.reduceat(self.weights[at], begins)
+        ends = [*begins[1:].tolist(), len(at)]
+        for key, count, begin, end in zip(keys[begins].tolist(), counts.tolist(), begins.tolist(), ends, strict=True):
+            yield key, count, at[begin:end]
+
+    def _take(self, at: Ints) -> None:
+        for key, count, _ in self._groups(at):
+            if key in self.counts:
+                self.counts[key] -= count
+
+    def _put(self, at: Ints) -> None:
+        for key, count, places in self._groups(at):
+            self.counts[key] = total = self.counts.get(key, 0) + count
+            self.places.setdefault(key, []).append(places)
+            heapq.heappush(self.heap, (-total, key))

@@ -1,0 +1,349 @@
+"""The user's files: found, checked and read as documents. Text in any ending, jsonl, csv, their gz and zst forms, parquet.
+
+What is broken in a folder, and a broken record anywhere, is skipped, counted and named; a broken file that the user
+named is an error.
+"""
+
+import codecs
+import glob
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from handmill.data.corpus import Tick
+from handmill.data.pieces import PIECE, lines, pieces
+from handmill.errors import UserError, optional
+
+_IGNORED_FOLDERS = {"__pycache__", "node_modules"}
+_LICENCES = ("licence", "license", "copying")
+_SHOWN = 100  # skipped things named in the report
+_RECORD = 1 << 28  # bytes, the longest jsonl line or csv field
+CODE = frozenset(
+    ".bash .c .cc .cjs .clj .cpp .cs .css .cu .cxx .dart .el .erl .ex .exs .f90 .fs .go .groovy .h .hpp .hs .ipynb "
+    ".java .jl .js .json .jsx .kt .lisp .lua .m .mjs .ml .mm .nim .php .pl .pm .proto .ps1 .py .pyi .r .rb .rs .scala "
+    ".scm .sh .sql .svelte .swift .tcl .tf .toml .ts .tsx .vb .vhd .vue .xml .yaml .yml .zig".split())
+
+
+class Broken(Exception):
+    """A file that cannot be read; the text says why and what to do."""
+
+
+class Piece(NamedTuple):
+    """A part of a document as it stands in its source."""
+
+    first: bool  # a document begins here
+    text: str
+    line: int  # line of the source, from 1, where the piece begins
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of the corpus."""
+
+    path: Path
+    name: str  # as the user gave it
+    named: bool  # by the user, not found in a folder or by a pattern
+    bytes: int
+    modified: int  # nanoseconds since 1970
+    licence: str = ""  # name of the licence file at the top of its folder
+
+    @property
+    def suffixes(self) -> list[str]:
+        return [s.lower() for s in self.path.suffixes]
+
+    @property
+    def packing(self) -> str:
+        """".gz", ".zst" or "" """
+        last = self.suffixes[-1:]
+        return last[0] if last in ([".gz"], [".zst"]) else ""
+
+    @property
+    def suffix(self) -> str:
+        """The ending inside the packing: ".md", ".jsonl", ..."""
+        inner = self.suffixes[:-1] if self.packing else self.suffixes
+        return inner[-1] if inner else ""
+
+    @property
+    def form(self) -> str:
+        """"jsonl", "csv", "parquet", or "text" for everything else."""
+        forms = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+        return forms.get(self.suffix, "text")
+
+
+@dataclass
+class Skipped:
+    """What was left out, and why."""
+
+    files: int = 0
+    records: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def file(self, name: str, reason: str) -> None:
+        self.files += 1
+        self._name(f"{name}: {reason}")
+
+    def record(self, name: str, line: int, reason: str) -> None:
+        self.records += 1
+        self._name(f"{name}, line {line}: {reason}")
+
+    def summary(self) -> str:
+        """"3 files and 1 record were left out (a.bin: ...)", or "" """
+        counts = [f"{n} {what}{'s' * (n > 1)}" for n, what in ((self.files, "file"), (self.records, "record")) if n]
+        return f"left out {' and '.join(counts)}, first {self.first[0]}" if counts else ""
+
+    def _name(self, sentence: str) -> None:
+        if len(self.first) < _SHOWN:
+            self.first.append(sentence)
+
+
+def find(paths: tuple[str, ...], cache: Path) -> list[Source]:
+    """The files under `data.paths`, each once, folders in order of name; nothing hidden, nothing made by Handmill.
+
+    Raises UserError for a path that does not exist and a folder or pattern without files.
+    """
+    if not paths:
+        raise UserError("data.paths is empty: name files, folders or patterns, for example data.paths = [\"notes/\"]")
+    found: dict[str, Source] = {}
+    for given in paths:
+        for source in _expand(given, cache):
+            found.setdefault(os.path.realpath(source.path), source)
+    return list(found.values())
+
+
+def _expand(given: str, cache: Path) -> list[Source]:
+    path = Path(given).expanduser()
+    if path.is_dir():
+        sources = list(_walk(path, cache))
+        if not sources:
+            raise UserError(f"the folder {given} in data.paths holds no files: put texts in it or name another")
+        return sources
+    if path.exists():
+        if not path.is_file():
+            raise UserError(f"{given} in data.paths is neither a file nor a folder: name a file, folder or pattern")
+        return [_source(path, True)]
+    if not glob.has_magic(given):
+        raise UserError(f"{given} in data.paths does not exist: check the spelling and the folder you are in")
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    sources = [_source(p, False) for p in matches if p.is_file() and not _ignored(p.relative_to(p.anchor).parts)]
+    if not sources:
+        raise UserError(f"no file matches {given} in data.paths: check the pattern and the folder you are in")
+    return sources
+
+
+def _walk(top: Path, cache: Path) -> Iterator[Source]:
+    licence = next((p.name for p in sorted(top.iterdir()) if p.name.lower().startswith(_LICENCES) and p.is_file()), "")
+    for folder, inner, files in os.walk(top):
+        here = Path(folder)
+        inner[:] = sorted(name for name in inner if not (_ignored((name,)) or _ours(here / name, top, cache)))
+        for name in sorted(files):
+            path = here / name
+            if not name.startswith(".") and path.exists() and stat.S_ISREG(path.stat().st_mode):
+                yield _source(path, False, licence)
+
+
+def _ignored(parts: tuple[str, ...]) -> bool:
+    """Hidden, or made by a tool: the last two kinds are folders only."""
+    return any(part.startswith(".") and part not in (".", "..") or part in _IGNORED_FOLDERS for part in parts)
+
+
+def _ours(folder: Path, top: Path, cache: Path) -> bool:
+    """A virtual environment, or a folder that Handmill writes into (the cache, and the runs around it)."""
+    if (folder / "pyvenv.cfg").exists():
+        return True
+    resolved = folder.resolve()
+    return resolved in (cache.resolve(), cache.resolve().parent) and resolved != top.resolve()
+
+
+def _source(path: Path, named: bool, licence: str = "") -> Source:
+    state = path.stat()
+    return Source(path, _shown(path), named, state.st_size, state.st_mtime_ns, licence)
+
+
+def _shown(path: Path) -> str:
+    """The path relative to here or to the home folder where it lies within."""
+    for top, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if path.is_absolute() and path.is_relative_to(top):
+            return prefix + path.relative_to(top).as_posix()
+    return path.as_posix()
+
+
+def check(source: Source) -> None:
+    """Read a text file through once. Raises Broken when it is empty, binary, not UTF-8, or ends too soon."""
+    offset, tail = 0, b""
+    for number, block in enumerate(blocks(source)):
+        if number == 0:
+            _not_binary(block)
+        data = tail + block
+        try:
+            used = codecs.utf_8_decode(data, "strict", False)[1]
+        except UnicodeDecodeError as error:
+            raise _not_utf8(data, offset + error.start, error.start) from None
+        offset, tail = offset + used, data[used:]
+    if tail:
+        raise _not_utf8(tail, offset, 0)
+    if not offset:
+        raise Broken("it is empty: put text in it or leave it out")
+
+
+def read(source: Source, column: str, skipped: Skipped, tick: Tick) -> Iterator[Piece]:
+    """The documents of a file: one in all for a text, one a record for the others. Raises Broken."""
+    if source.form == "text":
+        line = 1
+        for number, data in enumerate(pieces(blocks(source, tick))):
+            text = data.decode()
+            yield Piece(number == 0, text, line)
+            line += text.count("\n")
+    else:
+        readers = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
+        yield from readers[source.form](source, column, skipped, tick)
+
+
+def blocks(source: Source, tick: Tick | None = None) -> Iterator[bytes]:
+    """The bytes of a file, unpacked, in blocks of at most a MiB. Raises Broken when it cannot be read or unpacked."""
+    import zlib
+
+    import zstandard
+
+    unpack = {".gz": _gunzip, ".zst": _unzst, "": _plain}[source.packing]
+    try:
+        with source.path.open("rb") as file:
+            last = 0
+            for block in unpack(file):
+                yield block
+                if tick:
+                    tick(file.tell() - last)
+                    last = file.tell()
+    except (EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise Broken(f"its {source.packing[1:]} packing is cut short or damaged ({error}): copy or pack it again") from None
+    except OSError as error:
+        raise Broken(f"it cannot be read ({error.strerror or error}): mend it or leave it out") from None
+
+
+def _plain(file: BinaryIO) -> Iterator[bytes]:
+    while block := file.read(PIECE):
+        yield block
+
+
+def _gunzip(file: BinaryIO) -> Iterator[bytes]:
+    import gzip
+
+    with gzip.open(file) as unpacked:
+        while block := unpacked.read(PIECE):
+            yield block
+
+
+def _unzst(file: BinaryIO) -> Iterator[bytes]:
+    """One frame after another. The package's own reader takes a truncated frame for the end of the file."""
+    import zstandard
+
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    fresh = True
+    while data := file.read(PIECE >> 3):
+        while data:
+            if frame.eof:
+                frame, fresh = zstandard.ZstdDecompressor().decompressobj(), True
+            unpacked = frame.decompress(data)
+            fresh = False
+            data = frame.unused_data
+            for at in range(0, len(unpacked), PIECE):
+                yield unpacked[at:at + PIECE]
+    if not (frame.eof or fresh):
+        raise EOFError("the last frame does not end")
+
+
+def _jsonl(source: Source, column: str, skipped: Skipped, tick: Tick) -> Iterator[Piece]:
+    import json
+
+    number = 0
+    try:
+        for number, line in enumerate(lines(blocks(source, tick), _RECORD), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.removeprefix(codecs.BOM_UTF8))
+                yield Piece(True, _text_of(record, column), number)
+            except Broken as error:
+                skipped.record(source.name, number, str(error))
+            except (ValueError, RecursionError) as error:
+                skipped.record(source.name, number, f"not JSON ({error})")
+    except ValueError as error:
+        raise Broken(f"after line {number} {error}: is it JSON lines, one record a line?") from None
+
+
+def _text_of(record: object, column: str) -> str:
+    if not isinstance(record, dict) or column not in record:
+        keys = ", ".join(map(repr, list(record)[:8])) if isinstance(record, dict) else "no keys at all"
+        raise Broken(f"no key {column!r} but {keys}: set data.field")
+    if not isinstance(record[column], str):
+        raise Broken(f"{column!r} is not a text")
+    text: str = record[column]
+    return text
+
+
+def _csv(source: Source, column: str, skipped: Skipped, tick: Tick) -> Iterator[Piece]:
+    import csv
+
+    csv.field_size_limit(_RECORD)
+    rows = csv.reader(_text_lines(source, tick), delimiter="\t" if source.suffix == ".tsv" else ",")
+    try:
+        header = [name.removeprefix("\ufeff") for name in next(rows, [])]
+        if column not in header:
+            raise Broken(f"it has no column {column!r} but {', '.join(map(repr, header[:8])) or 'no header'}: set data.field")
+        place, line = header.index(column), rows.line_num + 1
+        for row in rows:
+            if len(row) > place:
+                yield Piece(True, row[place], line)
+            elif row:
+                skipped.record(source.name, line, f"has {len(row)} of {len(header)} columns")
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise Broken(f"line {rows.line_num} is not csv ({error}): check its quotes") from None
+
+
+def _text_lines(source: Source, tick: Tick) -> Iterator[str]:
+    import io
+
+    offset = 0
+    for data in pieces(blocks(source, tick)):
+        if not offset:
+            _not_binary(data)
+        try:
+            yield from io.StringIO(data.decode(), newline="")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(data, offset + error.start, error.start) from None
+        offset += len(data)
+
+
+def _parquet(source: Source, column: str, skipped: Skipped, tick: Tick) -> Iterator[Piece]:
+    arrow, parquet = optional("pyarrow", "parquet"), optional("pyarrow.parquet", "parquet")
+    try:
+        with parquet.ParquetFile(source.path) as file:
+            names = file.schema_arrow.names
+            if column not in names:
+                raise Broken(f"it has no column {column!r} but {', '.join(map(repr, names[:8]))}: set data.field")
+            number, rows = 0, max(1, file.metadata.num_rows)
+            for batch in file.iter_batches(batch_size=256, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    if isinstance(value, str):
+                        yield Piece(True, value, number)
+                    else:
+                        skipped.record(source.name, number, f"{column!r} is not a text")
+                tick(source.bytes * len(batch) // rows)
+    except (arrow.ArrowInvalid, arrow.ArrowException, OSError) as error:
+        raise Broken(f"it is not a parquet file ({str(error).splitlines()[0]}): copy or write it again") from None
+
+
+def _not_binary(block: bytes) -> None:
+    if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise Broken("it is UTF-16: convert it (iconv -f utf-16 -t utf-8)")
+    if b"\0" in block[:8192]:
+        raise Broken("it is binary: name text files only")
+
+
+def _not_utf8(data: bytes, offset: int, at: int) -> Broken:
+    return Broken(f"byte {offset} (0x{data[at]:02x}) is not UTF-8: "
+                  "convert it (for example iconv -f latin1 -t utf-8) or leave it out")

@@ -1,0 +1,53 @@
+"""The autoregressive family's objective: the negative log-likelihood of each token given those before it.
+
+N sequences, T context, V vocabulary. Losses are in nats.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from handmill.data.windows import Windows, in_turn
+from handmill.recipe import Recipe
+from handmill.training import distributed
+from handmill.training.loop import Phase, Task
+from handmill.training.optimizers import optimizers
+
+EVALUATED_AT_ONCE = 8192  # tokens
+
+
+def loss(network: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the loss over the tokens of `batch` (N, T + 1), and how many there are."""
+    logits, _ = network(batch[:, :-1])  # (N, T, V)
+    targets = batch[:, 1:].reshape(-1)  # (N*T,)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum"), torch.tensor(targets.numel())
+
+
+def evaluate(network: nn.Module, windows: Tensor) -> tuple[float, float]:
+    """This process's share of the loss over `windows` (N, T + 1): (sum in nats, tokens)."""
+    mine = windows[distributed.rank()::distributed.world()]
+    device = next(network.parameters()).device
+    nats, tokens = 0.0, 0
+    for batch in mine.split(max(1, EVALUATED_AT_ONCE // windows.shape[1])):
+        total, count = loss(network, batch.to(device))
+        nats, tokens = nats + total.item(), tokens + int(count)
+    return nats, float(tokens)
+
+
+def task(network: nn.Module, codec: Any, packed: Any, recipe: Recipe) -> Task:
+    """What the loop needs to train `network` on the packed tokens of `packed`."""
+    training, context = recipe.training, recipe.network.context
+    windows = Windows(packed.tokens("train"), context, recipe.seed)
+    held_out = in_turn(packed.tokens("validation"), context, training.evaluate_tokens)
+    phase = Phase("network", network, loss, lambda batch: batch[:, 1:].numel(), optimizers(network, training))
+
+    def sample(module: nn.Module) -> str:
+        from handmill.families.autoregressive import Sampling, generate
+
+        pieces = generate(module, codec, [""], Sampling(temperature=0.8, max_tokens=60), recipe.seed)
+        return " ".join("".join(p.text for p in pieces).split())
+
+    flops: float = network.flops_per_token()  # type: ignore[operator,assignment]
+    return Task([phase], windows.batch, lambda module: evaluate(module, held_out), sample, context, flops)

@@ -1,0 +1,367 @@
+"""The training loop. It knows phases, not families.
+
+Contracts: the loss is the mean over all items of the whole global batch, so micro-batches and processes do not change
+it; the batch of step s is a pure function of (seed, s) and the noise of (seed, s, rank), so a resumed run is bit-equal
+to one that never stopped; a loss or gradient that is not finite never reaches an optimizer.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from handmill.data.order import draw
+from handmill.errors import UserError
+from handmill.folder import weights_of
+from handmill.recipe import Training
+from handmill.training import checkpoint, distributed
+from handmill.training.monitor import Monitor, duration
+from handmill.training.optimizers import rate
+from handmill.training.precision import HalfPrecision
+
+SKIPS = 3  # batches in a row that may be skipped before the run goes back to its last checkpoint
+RETURNS = 3  # times a run may go back
+
+
+@dataclass
+class Phase:
+    """One objective of a step: `loss(module, batch)` gives the sum of the loss and the number of items in the sum."""
+
+    name: str
+    network: nn.Module
+    loss: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+    count: Callable[[Tensor], int]  # items that a batch's loss is summed over
+    optimizers: list[Optimizer]
+    every: int = 1  # steps
+
+
+@dataclass
+class Task:
+    """What a family and a medium give the loop."""
+
+    phases: list[Phase]
+    batch: Callable[[NDArray[np.int64]], Tensor]  # places in the endless order -> the items there, on the CPU
+    evaluate: Callable[[nn.Module], tuple[float, float]]  # this process's share: sum of the loss, items
+    sample: Callable[[nn.Module], str]
+    items: int  # in the loss, per element of a batch (the tokens of a sequence)
+    flops: float  # of training on one item, forward and backward
+
+
+@dataclass
+class Choices:
+    """What the probe settled; kept by a resumed run, because another arithmetic gives other weights."""
+
+    precision: str = "fp32"
+    compiled: bool = False
+    micro_batch: int = 0
+
+
+@dataclass
+class Progress:
+    """What a checkpoint knows beside the tensors."""
+
+    step: int = 0  # optimizer steps done
+    shift: int = 0  # steps' worth of data passed over after going back
+    returns: int = 0
+    loss: float = float("nan")
+    validation: float = float("nan")
+    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "evaluate": 0.0, "save": 0.0, "sample": 0.0})
+    stopped: bool = False  # early: asked to, or `stop_at` reached
+
+
+class Run:
+    """One run of the loop: `Run(...).train()`."""
+
+    def __init__(self, task: Task, training: Training, seed: int, folder: Path, device: torch.device, monitor: Monitor,
+                 choices: Choices, peak: float = 0.0) -> None:
+        self.task, self.training, self.seed = task, training, seed
+        self.folder, self.device, self.monitor = folder / "checkpoints", device, monitor
+        self.choices, self.peak = choices, peak
+        self.progress = Progress()
+        self.modules = {p.name: wrap(p.network, choices, device) for p in task.phases}
+        self.averages = {p.name: {k: v.detach().clone() for k, v in weights_of(p.network).items()}
+                         for p in task.phases if training.ema}
+        self.ended = False  # by a signal
+        self.sampled = self.started = time.monotonic()
+        self.recent: list[tuple[float, int]] = []  # (time, step) for the live speed
+
+    def train(self) -> Progress:
+        """Train to the last step, the early stop or a signal; what was reached is saved in every case."""
+        with stop_signals(self):
+            saved = self.progress.step if self.progress.step else -1
+            while self.progress.step < self.training.steps and not self.ended:
+                self.step()
+                done = self.progress.step
+                last = done == self.training.steps
+                if last or done % self.training.evaluate_every == 0:
+                    self.evaluate()
+                if done % self.training.save_every == 0 or self.ended or last or self.progress.stopped:
+                    self.save()
+                    saved = done
+                if self.progress.stopped:
+                    break
+                self.show_sample()
+            if self.ended and saved != self.progress.step:
+                self.save()
+        return self.progress
+
+    def step(self) -> None:
+        """One optimizer step of every phase that is due; a batch that is not finite is skipped, three in a row go back."""
+        start = time.perf_counter()
+        step, skips = self.progress.step, 0
+        while True:
+            places = np.arange(self.training.batch, dtype=np.int64) + (step + self.progress.shift) * self.training.batch
+            torch.manual_seed(draw(self.seed, "noise", step + self.progress.shift, distributed.rank()))
+            done = [self.phase_step(p, places) for p in self.task.phases if step % p.every == 0]
+            if all(finite for _, _, finite in done):
+                break
+            skips += 1
+            self.progress.shift += 1
+            self.monitor.say(f"step {step + 1}: the loss or a gradient is not finite; batch {places[0]} to {places[-1]} is skipped")
+            if skips > SKIPS:
+                self.go_back(step)
+                return
+        if self.averages:
+            self.average()
+        self.progress.step += 1
+        self.progress.loss = done[0][0]
+        self.progress.seconds["train"] += time.perf_counter() - start
+        self.report(done[0][1])
+
+    def phase_step(self, phase: Phase, places: NDArray[np.int64]) -> tuple[float, float, bool]:
+        """Forward, backward and optimizer step of one phase: (mean loss, gradient norm, whether both were finite)."""
+        module, world = self.modules[phase.name], distributed.world()
+        mine = np.array_split(places, world)[distributed.rank()]
+        cuts = max(1, -(-mine.size // (self.choices.micro_batch or max(1, mine.size))))
+        batches = [self.task.batch(part) for part in np.array_split(mine, cuts)]
+        counted = torch.tensor([float(sum(phase.count(b) for b in batches))], dtype=torch.float64)
+        items = distributed.total(counted.to(self.device)).item()
+        assert items > 0, "a global batch without a single item to predict"
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, batch in enumerate(batches):
+            with no_sync(module, i + 1 < cuts):
+                part, _ = phase.loss(module, batch.to(self.device, non_blocking=True))
+                (part * (world / items)).backward()
+            loss_sum += part.detach()
+        loss = distributed.total(loss_sum).item() / items
+        parameters = [p for p in phase.network.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self.training.clip or float("inf"), foreach=True).item()
+        finite = bool(np.isfinite(loss) and np.isfinite(norm))
+        if finite:
+            scale = rate(self.progress.step, self.training)
+            for optimizer in phase.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * scale
+                optimizer.step()
+        phase.network.zero_grad(set_to_none=True)
+        return loss, norm, finite
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """EMA of the weights; its decay grows from 0 so that early averages forget the start (warm-up as in Karras 2023)."""
+        decay = min(self.training.ema, (1 + self.progress.step) / (10 + self.progress.step))
+        for phase in self.task.phases:
+            average = self.averages[phase.name]
+            current = weights_of(phase.network)
+            torch._foreach_lerp_([average[k] for k in current], list(current.values()), 1 - decay)
+
+    def evaluate(self) -> None:
+        """Mean loss over the held-out data, of the averaged weights where there are any."""
+        start = time.perf_counter()
+        phase = self.task.phases[0]
+        with torch.no_grad(), self.averaged(), evaluating(phase.network):
+            half = self.choices.precision == "bf16"
+            sums = self.task.evaluate(HalfPrecision(phase.network) if half else phase.network)
+        total, items = distributed.total(torch.tensor(sums, dtype=torch.float64, device=self.device)).tolist()
+        self.progress.validation = total / items
+        self.progress.stopped = self.progress.validation <= self.training.stop_at
+        self.progress.seconds["evaluate"] += time.perf_counter() - start
+        self.monitor.record(step=self.progress.step, seconds=round(self.elapsed(), 3),
+                            validation_loss=self.progress.validation)
+        self.live(now=True)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones while the block runs."""
+        trained = {}
+        for phase in self.task.phases if self.averages else []:
+            trained[phase.name] = {k: v.clone() for k, v in weights_of(phase.network).items()}
+            phase.network.load_state_dict(self.averages[phase.name], strict=False)
+        try:
+            yield
+        finally:
+            for phase in self.task.phases if self.averages else []:
+                phase.network.load_state_dict(trained[phase.name], strict=False)
+
+    def save(self) -> None:
+        """A checkpoint of everything the next step depends on."""
+        start = time.perf_counter()
+        with distributed.first() as mine:
+            if mine:
+                facts = {"progress": asdict(self.progress), "choices": asdict(self.choices), "seed": self.seed}
+                checkpoint.save(self.folder, self.progress.step, self.parts(), facts, self.training.keep)
+        self.progress.seconds["save"] += time.perf_counter() - start
+
+    def parts(self) -> dict[str, checkpoint.Tensors]:
+        """File name -> tensors: weights, averages and optimizer states of every phase."""
+        parts = {}
+        for phase in self.task.phases:
+            parts[phase.name] = weights_of(phase.network)
+            if self.averages:
+                parts[f"{phase.name}-average"] = self.averages[phase.name]
+            for i, optimizer in enumerate(phase.optimizers):
+                state = optimizer.state_dict()["state"]
+                parts[f"{phase.name}-optimizer-{i}"] = {
+                    f"{index}.{key}": torch.as_tensor(value) for index, inner in state.items() for key, value in inner.items()}
+        return parts
+
+    def resume(self) -> bool:
+        """Go on from the newest whole checkpoint, if there is one."""
+        with distributed.first() as mine:
+            if mine:
+                checkpoint.clear_leftovers(self.folder)
+        found = checkpoint.load(self.folder)
+        if found is None:
+            return False
+        parts, facts, passed = found
+        for sentence in passed:
+            self.monitor.say(sentence)
+        assert facts["seed"] == self.seed and Choices(**facts["choices"]) == self.choices, "another run's checkpoint"
+        self.restore(parts)
+        self.progress = Progress(**facts["progress"])
+        self.progress.stopped = False
+        return True
+
+    def restore(self, parts: dict[str, checkpoint.Tensors]) -> None:
+        for phase in self.task.phases:
+            load_weights(phase.network, parts[phase.name])
+            if self.averages:
+                self.averages[phase.name] = {k: v.to(self.device) for k, v in parts[f"{phase.name}-average"].items()}
+            for i, optimizer in enumerate(phase.optimizers):
+                state: dict[int, dict[str, Tensor]] = {}
+                for name, tensor in parts[f"{phase.name}-optimizer-{i}"].items():
+                    index, _, key = name.partition(".")
+                    state.setdefault(int(index), {})[key] = tensor
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def go_back(self, step: int) -> None:
+        """Return to the last checkpoint and pass over the data that ended in numbers that are not finite."""
+        past, returns = step + self.progress.shift, self.progress.returns + 1
+        advice = "lower training.learning_rate and training.matrix_rate, or raise training.warmup"
+        if returns > RETURNS or not checkpoint.checkpoints(self.folder):
+            raise UserError(f"training diverged at step {step + 1}: {SKIPS + 1} batches in a row gave a loss or gradient "
+                            f"that is not finite; {advice}")
+        self.resume()
+        self.progress.shift, self.progress.returns = past - self.progress.step, returns
+        self.monitor.say(f"went back to the checkpoint of step {self.progress.step}; the data goes on after the bad batches")
+
+    def elapsed(self) -> float:
+        return sum(self.progress.seconds.values())
+
+    def report(self, norm: float) -> None:
+        """A line of metrics and, at times, the live line."""
+        now = time.monotonic()
+        self.recent = [r for r in self.recent[-200:] if now - r[0] < 10] + [(now, self.progress.step)]
+        self.monitor.record(step=self.progress.step, seconds=round(self.elapsed(), 3), loss=self.progress.loss,
+                            rate=rate(self.progress.step - 1, self.training), gradient_norm=norm,
+                            tokens_per_second=round(self.speed(), 1) or None)
+        self.live()
+
+    def speed(self) -> float:
+        """Items per second over the last ten seconds."""
+        (first, a), (last, b) = self.recent[0], self.recent[-1]
+        per_step = self.training.batch * self.task.items
+        return (b - a) * per_step / (last - first) if last > first else 0.0
+
+    def live(self, now: bool = False) -> None:
+        p, speed = self.progress, self.speed()
+        if not speed:
+            return
+        parts = [f"step {p.step}/{self.training.steps}", f"loss {p.loss:.3f}"]
+        if np.isfinite(p.validation):
+            parts.append(f"validation {p.validation:.3f}")
+        parts.append(f"{speed / 1000:.1f}k tokens/s")
+        if self.peak:
+            parts.append(f"{100 * speed * self.task.flops / self.peak / distributed.world():.0f} % of the matrix peak")
+        left = (self.training.steps - p.step) * self.training.batch * self.task.items / speed
+        self.monitor.live("  ".join([*parts, f"{duration(left)} left"]), now)
+
+    def show_sample(self) -> None:
+        """A sample on the screen every `sample_every` seconds."""
+        if not self.training.sample_every or time.monotonic() - self.sampled < self.training.sample_every:
+            return
+        start = time.perf_counter()
+        if distributed.rank() == 0 and not self.monitor.quiet:
+            network = self.task.phases[0].network
+            with torch.no_grad(), self.averaged(), evaluating(network):
+                text = self.task.sample(network)
+            self.monitor.say(f"  sample at step {self.progress.step}: {text}")
+        self.sampled = time.monotonic()
+        self.progress.seconds["sample"] += time.perf_counter() - start
+
+
+def wrap(network: nn.Module, choices: Choices, device: torch.device) -> nn.Module:
+    """The module that training calls: in the chosen precision, compiled or not, its gradients averaged over processes."""
+    module: nn.Module = HalfPrecision(network) if choices.precision == "bf16" else network
+    if choices.compiled:
+        module = torch.compile(module)  # type: ignore[assignment]
+    if distributed.world() > 1:
+        module = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
+    return module
+
+
+def no_sync(module: nn.Module, held: bool) -> Any:
+    """While held, gradients stay on this process: only the last micro-batch of a step sends them."""
+    return module.no_sync() if held and isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train()
+
+
+def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load what `weights_of` saved. Raises UserError when it belongs to another network."""
+    own = weights_of(network)
+    odd = set(own) ^ set(weights) or {k for k in own if own[k].shape != weights[k].shape}
+    if odd:
+        raise UserError(f"the checkpoint is of another network ({sorted(odd)[0]} differs): "
+                        "train into another folder, or delete this one's checkpoints")
+    network.load_state_dict(weights, strict=False)
+
+
+@contextmanager
+def stop_signals(run: Run) -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the run after the step at hand, saved; a second one ends it at once."""
+    def stop(number: int, frame: Any) -> None:
+        if run.ended:
+            raise SystemExit(128 + number)
+        run.ended = True
+        run.monitor.say("stopping: this step is finished and saved first (once more: stop at once)")
+
+    previous = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, stop)
+    except ValueError:  # not the main thread: signals are the caller's
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,170 @@
+"""`train`: a recipe becomes a model folder."""
+
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from handmill import folder as folders
+from handmill import recipe as recipes
+from handmill.data.order import draw
+from handmill.errors import UserError
+from handmill.families import next_token
+from handmill.media import text
+from handmill.networks import build
+from handmill.recipe import Recipe
+from handmill.training import checkpoint, distributed, plan
+from handmill.training.curve import draw as draw_curve
+from handmill.training.loop import Choices, Progress, Run, Task
+from handmill.training.monitor import Monitor, duration, size
+from handmill.training.precision import cached_kernels, keep_freed_memory, machine, matrix_peak
+
+GREEDY_TOKENS = 32  # what the receipt keeps of a greedy sample, for the server to compare with
+
+
+def train(recipe: Recipe | Path | str, out: Path | str | None = None, overrides: Iterable[str] = (),
+          quiet: bool = False) -> Path:
+    """Prepare the data, train, and write the model folder `out` (default: runs/NAME); returns its path.
+
+    A folder that holds checkpoints of the same recipe is gone on with, from the newest that is whole.
+    Raises UserError for anything the user can mend.
+    """
+    started = time.perf_counter()
+    if not isinstance(recipe, Recipe):
+        recipe = recipes.read(recipe, overrides)
+    out = Path(out) if out is not None else Path("runs") / recipe.name
+    keep_freed_memory()
+    cached_kernels()
+    with distributed.session() as device:
+        return _train(recipe, out, device, quiet or distributed.rank() > 0, started)
+
+
+def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started: float) -> Path:
+    with distributed.first() as mine:
+        if mine:
+            claim(out, recipe)
+            packed = text.prepare(recipe, out.parent / ".prepared", progress=not quiet)
+    if distributed.rank() > 0:
+        packed = text.prepare(recipe, out.parent / ".prepared", progress=False)
+    codec = packed.codec()
+    torch.manual_seed(draw(recipe.seed, "weights"))
+    network = build(recipe.network, codec.size).to(device)
+    task = next_token.task(network, codec, packed, recipe)
+    saved = checkpoint.load(out / "checkpoints")
+    choices = Choices(**saved[1]["choices"]) if saved else None
+    planned = distributed.agreed(plan.make(recipe, network, task, device, out, choices) if distributed.rank() == 0 else None)
+    plan.refuse(planned, recipe)
+    peak = matrix_peak(device, torch.bfloat16 if planned.choices.precision == "bf16" else torch.float32)
+    monitor = Monitor(out, quiet, saved[1]["progress"]["step"] if saved else 0)
+    try:
+        for line in plan.lines(planned):
+            monitor.say(line)
+        setup = time.perf_counter() - started
+        run = Run(task, recipe.training, recipe.seed, out, device, monitor, planned.choices, peak)
+        if run.resume():
+            monitor.say(f"going on from step {run.progress.step}")
+        progress = run.train()
+    finally:
+        monitor.close()
+    if progress.step < recipe.training.steps and not progress.stopped:
+        if not quiet:
+            print(f"stopped at step {progress.step}; the same command goes on from there")
+        raise SystemExit(0)
+    with distributed.first() as mine:
+        if mine:
+            facts = summary(recipe, network, task, progress, planned, setup, packed)
+            finish(out, recipe, network, run, packed, facts, quiet)
+    return out
+
+
+def claim(out: Path, recipe: Recipe) -> None:
+    """Make sure, before anything is trained, that `out` can be written and belongs to this recipe."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder with --out") from None
+    kept = out / "recipe.toml"
+    if kept.exists() and checkpoint.checkpoints(out / "checkpoints"):
+        before, now = recipes.read(kept).table(), recipe.table()
+        changed = sorted(f"{t}.{k}" if isinstance(now[t], dict) else t for t in now
+                         for k in (now[t] if isinstance(now[t], dict) else [t])
+                         if (before[t].get(k) if isinstance(now[t], dict) else before[t])
+                         != (now[t][k] if isinstance(now[t], dict) else now[t]))
+        if changed:
+            raise UserError(f"{out} holds a run of another recipe ({changed[0]} differs): "
+                            "choose another folder with --out, or delete this one")
+    import tomli_w
+
+    folders.write_text(kept, tomli_w.dumps(recipe.table()))
+    for stale in ("receipt.json",):
+        (out / stale).unlink(missing_ok=True)
+
+
+def summary(recipe: Recipe, network: nn.Module, task: Task, progress: Progress, planned: plan.Plan, setup: float,
+            packed: Any) -> dict[str, Any]:
+    """What the receipt says about the run, predicted against actual included."""
+    return {
+        "steps": progress.step, "seed": recipe.seed, "stopped_early": progress.stopped,
+        "tokens": progress.step * recipe.training.batch * task.items,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "loss": progress.loss, "validation_loss": progress.validation,
+        "seconds": {"setup": setup, **progress.seconds},
+        "precision": planned.choices.precision, "compile": planned.choices.compiled,
+        "processes": distributed.world(), "machine": machine(), "fingerprint": packed.fingerprint,
+        "plan": {"predicted": planned.predicted(), "actual": plan.actual(progress, setup)},
+    }
+
+
+def finish(out: Path, recipe: Recipe, network: nn.Module, run: Run, packed: Any, facts: dict[str, Any],
+           quiet: bool) -> None:
+    """Write the model folder from the trained (or averaged) weights, the curve, and the last lines on the screen."""
+    with run.averaged():
+        network.eval()
+        facts["greedy"] = greedy(network, packed)
+        weights = {k: v.clone() for k, v in folders.weights_of(network).items()}
+    held_out = ["manifest.json", "report.json", "data.json"]
+    for split in ("validation", "test"):
+        held_out += [f"{split}.tokens", f"{split}.starts.npy"]
+    parts = {"codec": packed.folder / "codec"}
+    parts |= {f"data/{name}": packed.folder / name for name in held_out if (packed.folder / name).exists()}
+    shutil.rmtree(out / "data", ignore_errors=True)
+    folders.write(out, recipe, weights, parts, facts)
+    draw_curve(out / "metrics.jsonl", out / "loss.png")
+    if not quiet:
+        for line in closing(out, recipe, facts):
+            print(line)
+
+
+@torch.no_grad()
+def greedy(network: nn.Module, packed: Any) -> dict[str, list[int]]:
+    """The likeliest continuation of the first held-out tokens: what a served copy must repeat."""
+    device = next(network.parameters()).device
+    context: int = network.settings.context  # type: ignore[union-attr,assignment]
+    prompt = [int(t) for t in packed.tokens("validation")[:max(1, min(16, context // 2))]]
+    tokens, state = [], None
+    step = torch.tensor([prompt], device=device)
+    for _ in range(min(GREEDY_TOKENS, context - len(prompt))):
+        logits, state = network(step, state)
+        step = logits[:, -1:].argmax(-1)  # (1, 1)
+        tokens.append(int(step))
+    return {"prompt_tokens": prompt, "tokens": tokens}
+
+
+def closing(out: Path, recipe: Recipe, facts: dict[str, Any]) -> list[str]:
+    predicted, actual = facts["plan"]["predicted"], facts["plan"]["actual"]
+    return [
+        f"trained {facts['steps']} steps, {facts['tokens']:,} tokens, in {duration(actual['seconds'])}"
+        + (" (stopped early)" if facts["stopped_early"] else f" (planned {duration(predicted['seconds'])})"),
+        f"memory: {size(actual['memory_bytes'])} at most (planned {size(predicted['memory_bytes'])})",
+        f"loss {facts['loss']:.4f}, validation {facts['validation_loss']:.4f} nats per token",
+        f"model folder  {out}",
+        f"loss curve    {out / 'loss.png'}",
+        f"next          handmill check {out}",
+    ]
