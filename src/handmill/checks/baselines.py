@@ -20,7 +20,7 @@ _PIECE = 1 << 20  # queries at once
 
 
 def excerpt(tokens: NDArray[Any], spelling: Spelling, limit: int) -> NDArray[Any]:
-    """About `limit` bytes of the tokens (N,), in stretches spread evenly over them, or all where they are fewer."""
+    """About `limit` bytes of the tokens (N,) in stretches spread evenly over them, or all where fewer."""
     sample = np.asarray(tokens[:_PIECE])
     wanted = int(limit / max(1e-9, float(spelling.bytes[sample].mean()))) if len(sample) else 0
     if wanted >= len(tokens):
@@ -31,7 +31,7 @@ def excerpt(tokens: NDArray[Any], spelling: Spelling, limit: int) -> NDArray[Any
 
 
 def xz(text: NDArray[np.uint8], before: NDArray[np.uint8] | None = None) -> int:
-    """Bits that `xz -9e` needs for `text`, or that it needs more once it has read `before`; without file headers."""
+    """Bits that `xz -9e` needs for `text`, or needs more once it has read `before`; without file headers."""
     if before is None:
         return 8 * _compressed(text.tobytes())
     known = before.tobytes()
@@ -48,8 +48,8 @@ class Trigram:
 
     p(c | ab) = (max(n(abc) - D, 0) + D t(ab) p(c | b)) / n(ab), where t counts the distinct symbols after a
     context. Below the trigrams, n(bc) counts the distinct symbols before bc. D = n1 / (n1 + 2 n2), from the
-    n-grams seen once and twice. Below the single symbols lies a uniform distribution over the symbols seen and
-    one more, which stands for all characters not seen, alike: the probabilities of all of Unicode sum to one.
+    n-grams seen once and twice. Below the single symbols lies a uniform distribution over the symbols seen
+    and one more, which stands for every character not seen: the probabilities of all Unicode sum to one.
     """
 
     def __init__(self, codes: Codes) -> None:

@@ -13,7 +13,7 @@ Codes = NDArray[np.int32]  # Unicode code points, and END
 
 END = 0x110000  # a document's end: the first number that is no code point
 _END_BYTE = 0xFF  # stands for it among bytes: it never occurs in UTF-8
-_CHUNK = 1 << 20  # tokens read at once
+CHUNK = 1 << 20  # tokens read at once
 
 
 def _leaders() -> Codes:
@@ -29,14 +29,15 @@ LEADERS = _leaders()
 
 
 class Spelling:
-    """What the tokens of a codec stand for: `bytes` and `characters` (V,) count them, the end token being none.
+    """What the tokens of a codec stand for: `bytes` and `characters` (V,) count it; the end token is none.
 
     A character belongs to the token that holds its first byte, so counts of tokens add up to counts of text.
     """
 
     def __init__(self, codec: Any) -> None:
         parts = list(codec.token_bytes)
-        assert len(parts) == codec.size and parts[codec.end] == b"", "every token has bytes, the end token none"
+        assert len(parts) == codec.size
+        assert parts[codec.end] == b"", "the end token is no text"
         self.bytes = np.array([len(part) for part in parts], np.int64)
         self.characters = np.array([_first_bytes(part) for part in parts], np.int64)
         parts[codec.end] = bytes([_END_BYTE])
@@ -49,13 +50,14 @@ class Spelling:
         length = self._length[tokens]
         ends = np.cumsum(length)
         within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - length, length)
-        return self._flat[np.repeat(self._offset[tokens], length) + within]
+        spelled: NDArray[np.uint8] = self._flat[np.repeat(self._offset[tokens], length) + within]
+        return spelled
 
     def stream(self, tokens: NDArray[Any]) -> Iterator[Codes]:
         """The characters of memmapped tokens (N,), in pieces, no character being cut."""
         rest = np.empty(0, np.uint8)
-        for start in range(0, len(tokens), _CHUNK):
-            rest = np.concatenate((rest, self.spell(tokens[start:start + _CHUNK])))
+        for start in range(0, len(tokens), CHUNK):
+            rest = np.concatenate((rest, self.spell(tokens[start:start + CHUNK])))
             firsts = np.flatnonzero(LEADERS[rest] >= 0)
             cut = int(firsts[-1]) if len(firsts) else 0
             yield characters(rest[:cut])
@@ -91,7 +93,8 @@ def string(codes: Codes) -> str:
 
 def documents(codes: Codes) -> list[Codes]:
     """The texts between the ends, empty ones left out."""
-    return [piece[piece != END] for piece in np.split(codes, np.flatnonzero(codes == END)) if (piece != END).any()]
+    pieces = (piece[piece != END] for piece in np.split(codes, np.flatnonzero(codes == END)))
+    return [piece for piece in pieces if len(piece)]
 
 
 def _first_bytes(part: bytes) -> int:

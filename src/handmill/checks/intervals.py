@@ -22,7 +22,7 @@ FEWEST = 8  # fewer units than this show no spread at all: no interval
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured number, its interval (None: too little to tell), the number of units, and how it was found."""
+    """A measured number, its interval (None: too little to tell), its number of units, and the method."""
 
     value: float
     low: float | None
@@ -50,7 +50,7 @@ class Figure:
 
 def ratio(numerator: ArrayLike, denominator: ArrayLike, seed: int, level: float = LEVEL,
           unit: str = "documents") -> Figure:
-    """sum(numerator) / sum(denominator) over independent units, both (N,), with the percentile interval of Efron.
+    """sum(numerator) / sum(denominator) over independent units, both (N,), with Efron's percentile interval.
 
     The same seed draws the same units, so that two calls over the same units are paired.
     """
@@ -64,7 +64,7 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike, seed: int, level: float 
 
 def block_ratio(numerator: ArrayLike, denominator: ArrayLike, seed: int, level: float = LEVEL,
                 unit: str = "windows") -> Figure:
-    """The same for units in a row that resemble their neighbours: whole blocks of them are drawn (Kuensch 1989).
+    """The same for units in a row that resemble their neighbours: blocks of them are drawn (Kuensch 1989).
 
     A block is ceil(N^(1/3)) units long (Hall, Horowitz and Jing 1995).
     """
@@ -73,27 +73,31 @@ def block_ratio(numerator: ArrayLike, denominator: ArrayLike, seed: int, level: 
     if n < FEWEST:
         return Figure(value, None, None, n, f"no interval: only {n} {unit}")
     block = math.ceil(n ** (1 / 3))
-    low, high = _percentiles(_moving_sum(top, block), _moving_sum(bottom, block), math.ceil(n / block), seed, level)
+    tops, bottoms = _moving_sum(top, block), _moving_sum(bottom, block)
+    low, high = _percentiles(tops, bottoms, math.ceil(n / block), seed, level)
     return Figure(value, low, high, n, f"bootstrap over blocks of {block} {unit} in a row (Kuensch 1989)")
 
 
-def share(hits: ArrayLike, tries: ArrayLike, seed: int, level: float = LEVEL, unit: str = "samples") -> Figure:
+def share(hits: ArrayLike, tries: ArrayLike, seed: int, level: float = LEVEL,
+          unit: str = "samples") -> Figure:
     """sum(hits) / sum(tries), the tries of one unit being dependent.
 
-    Where all units agree (none hit, or all) resampling shows no spread, and Wilson's interval for N independent
-    units stands instead.
+    Where all units agree (none hit, or all), or are few, resampling shows no spread, and Wilson's interval for
+    N independent tries stands instead.
     """
     top, bottom = _pair(hits, tries)
-    assert (top <= bottom).all() and (top >= 0).all()
+    assert (top <= bottom).all()
+    assert (top >= 0).all()
     value, n = _share(top, bottom), len(top)
     if n < FEWEST or value in (0.0, 1.0):
-        return Figure(value, *wilson(value * n, n, level), n, f"Wilson 1927 with n = {unit}")
+        return Figure(value, *wilson(value * n, n, level), n, f"Wilson 1927 for {unit}")
     return ratio(top, bottom, seed, level, unit)
 
 
 def wilson(successes: float, n: int, level: float = LEVEL) -> tuple[float, float]:
     """Wilson's score interval of successes / n."""
-    assert n > 0 and 0 <= successes <= n, (successes, n)
+    assert 0 <= successes <= n, (successes, n)
+    assert n > 0
     z = NormalDist().inv_cdf(0.5 + level / 2)
     p, shrink = successes / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink
@@ -103,7 +107,10 @@ def wilson(successes: float, n: int, level: float = LEVEL) -> tuple[float, float
 
 def difference(a: Figure, b: Figure) -> Figure:
     """a - b of two independent figures from their own intervals."""
-    assert a.low is not None and a.high is not None and b.low is not None and b.high is not None
+    assert a.low is not None
+    assert a.high is not None
+    assert b.low is not None
+    assert b.high is not None
     value = a.value - b.value
     low = value - math.hypot(a.value - a.low, b.high - b.value)
     high = value + math.hypot(a.high - a.value, b.value - b.low)
@@ -125,8 +132,10 @@ def _percentiles(top: NDArray[np.float64], bottom: NDArray[np.float64], draws: i
 
 def _pair(numerator: ArrayLike, denominator: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     top, bottom = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
-    assert top.ndim == 1 and top.shape == bottom.shape, (top.shape, bottom.shape)
-    assert (bottom >= 0).all() and bottom.sum() > 0, "nothing to divide by"
+    assert top.ndim == 1
+    assert top.shape == bottom.shape, (top.shape, bottom.shape)
+    assert (bottom >= 0).all()
+    assert bottom.sum() > 0, "nothing to divide by"
     return top, bottom
 
 

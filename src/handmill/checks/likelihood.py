@@ -1,7 +1,7 @@
 """The exact negative log-likelihood of held-out documents under an autoregressive network.
 
-Long documents are read in windows of the network's context that overlap: after a document's first window every
-token has at least `context - stride` tokens of history, and each token is counted once.
+Long documents are read in windows of the network's context that overlap: after a document's first window
+every token has at least `context - stride` tokens of history, and each token is counted once.
 
 W windows, N predictions of a document, B rows of a batch, T positions, V vocabulary.
 """
@@ -18,8 +18,8 @@ from tqdm import tqdm
 from handmill.checks.characters import Spelling
 from handmill.errors import UserError
 
-COUNTED = ("every token of a document and its closing end token, given the tokens before them in the document and "
-           "the end token that opens it; bits are divided by the document's text alone")
+COUNTED = ("every token of a document and its closing end token, given the tokens before them in the document "
+           "and the end token that opens it; bits are divided by the document's text alone")
 _LOGITS = 1 << 24  # numbers in one batch of logits: 64 MiB
 
 
@@ -44,11 +44,9 @@ class Scores(NamedTuple):
     symbols: NDArray[np.int64]  # characters and closing ends
     document: NDArray[np.int64]  # place in the selection
 
-    def by_document(self) -> "Scores":
-        """The same sums, one a document."""
-        sums = [np.bincount(self.document, values) for values in self[:-1]]
-        whole = [s.astype(np.int64) for s in sums[1:]]
-        return Scores(sums[0], whole[0], whole[1], whole[2], whole[3], np.arange(len(sums[0])))
+    def by_document(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """The sum of `values` (W,) over each document's windows, (documents,)."""
+        return np.bincount(self.document, values).astype(np.float64)
 
 
 class _Plan(NamedTuple):
@@ -61,7 +59,7 @@ class _Plan(NamedTuple):
 
 
 def select(packed: Any, limit: int, seed: int) -> Selection:
-    """The test split, or the validation split where there is no test split; at most `limit` tokens of it (0: all).
+    """The test split, or the validation split where there is none; at most `limit` tokens of it (0: all).
 
     Under a limit, documents are taken in random order and the last one is cut.
     Raises UserError when both splits are empty.
@@ -71,7 +69,7 @@ def select(packed: Any, limit: int, seed: int) -> Selection:
         raise UserError(f"{packed.folder} holds no held-out text to check on: "
                         "train with data.test or data.validation above 0")
     tokens, starts = packed.tokens(split), np.asarray(packed.starts(split), np.int64)
-    lengths = np.diff(starts, append=len(tokens))  # the next document's opening end token is this one's closing one
+    lengths = np.diff(starts, append=len(tokens))  # one document's closing end token opens the next
     if not limit or lengths.sum() <= limit:
         return Selection(split, tokens, starts, lengths, len(starts), True)
     order = np.random.default_rng(seed).permutation(len(starts))
@@ -91,7 +89,7 @@ def targets(selection: Selection, end: int) -> NDArray[Any]:
 
 def score(network: Any, selection: Selection, spelling: Spelling, end: int, context: int, stride: int,
           device: torch.device, progress: bool = False) -> Scores:
-    """Score the selected documents in fp32. `network(tokens)` gives logits (B, T, V) and a state that is dropped."""
+    """Score the selected documents in fp32. `network(tokens)` gives logits (B, T, V) and a state."""
     assert 0 < stride <= context, (stride, context)
     plan = _plan(selection, context, stride)
     nats = np.zeros(len(plan.start))
@@ -108,7 +106,7 @@ def score(network: Any, selection: Selection, spelling: Spelling, end: int, cont
             counts[:, batch] = _counts(wanted.numpy(), counted.numpy(), spelling, end)
             bar.update(int(counts[0, batch].sum()))
     assert counts[0].sum() == selection.predictions.sum(), "every token is counted once"
-    return Scores(nats, *counts, document=plan.document)
+    return Scores(nats, counts[0], counts[1], counts[2], counts[3], plan.document)
 
 
 def _plan(selection: Selection, context: int, stride: int) -> _Plan:
@@ -119,7 +117,8 @@ def _plan(selection: Selection, context: int, stride: int) -> _Plan:
     k = np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)  # place in the document
     start = np.minimum(k * stride, beyond[document])  # the last window ends with the document
     counted = np.where(k > 0, (k - 1) * stride + context, 0)
-    return _Plan(document, selection.starts[document] + start, np.minimum(n, context)[document], counted - start)
+    length = np.minimum(n, context)[document]
+    return _Plan(document, selection.starts[document] + start, length, counted - start)
 
 
 def _read(tokens: NDArray[Any], start: int, count: int, end: int) -> NDArray[Any]:
@@ -128,8 +127,9 @@ def _read(tokens: NDArray[Any], start: int, count: int, end: int) -> NDArray[Any
     return piece if len(piece) == count else np.append(piece, np.asarray(end, piece.dtype))
 
 
-def _batch(selection: Selection, plan: _Plan, batch: NDArray[np.int64], end: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, targets and whether a target counts, all (B, T). Rows are padded at the right, which nothing sees."""
+def _batch(selection: Selection, plan: _Plan, batch: NDArray[np.int64],
+           end: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, targets and whether a target counts, all (B, T). Rows are padded at the right, unseen."""
     width = int(plan.length[batch].max())
     both = np.full((len(batch), width + 1), end, np.int64)
     for row, w in enumerate(batch):

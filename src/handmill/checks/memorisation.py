@@ -43,13 +43,13 @@ class Windows:
     def __init__(self, codes: Codes, length: int, base: int = _BASE) -> None:
         assert length > 0
         self.codes, self.length = codes, length
-        crossing = np.concatenate(([0], np.cumsum(codes == _BETWEEN)))
-        self.starts = np.flatnonzero(crossing[length:] == crossing[:len(crossing) - length])  # (W,)
+        before = np.concatenate(([0], np.cumsum(codes == _BETWEEN)))
+        self.starts = np.flatnonzero(before[length:] == before[:max(0, len(before) - length)])  # (W,)
         self.base, perfect = base, False
         while not perfect:
             hashes = rolling_hash(codes, length, self.base)[self.starts] if len(self.starts) else _NONE
-            self.hashes, first, self.which = np.unique(hashes, return_index=True, return_inverse=True)  # (K,) (W,)
-            self.first = self.starts[first]
+            self.hashes, first, self.which = np.unique(hashes, return_index=True, return_inverse=True)
+            self.first = self.starts[first]  # (K,), and which of them each window is: (W,)
             perfect = self._same_text(self.starts, self.first[self.which])
             self.base = self.base if perfect else (self.base * _BASE + 2) % (1 << 64)
         self.found = np.zeros(len(self.hashes), bool)  # (K,)
@@ -68,7 +68,8 @@ class Windows:
         for place, slot in _pieces(places[hit], slots[hit], max(1, _COMPARED // self.length)):
             new = ~self.found[slot]
             place, slot = place[new], slot[new]
-            same = (_windows(text, place, self.length) == _windows(self.codes, self.first[slot], self.length)).all(1)
+            mine = _windows(self.codes, self.first[slot], self.length)
+            same = (_windows(text, place, self.length) == mine).all(1)
             self.found[slot[same]] = True
             self.where[slot[same]] = place[same] + offset
 
@@ -83,7 +84,7 @@ _NONE = np.empty(0, np.uint64)
 
 def copied(texts: Sequence[Codes], training: Iterable[Codes], lengths: Sequence[int],
            longest_of: int = 0) -> tuple[dict[int, Counts], Longest | None]:
-    """For each length, how many windows of each text stand in `training`, which comes in pieces with END in them.
+    """For each length, how many windows of each text stand in `training`: pieces, with END between documents.
 
     Of the first `longest_of` texts the longest run found is given too, unless no character of them is found.
     """
@@ -104,7 +105,7 @@ def copied(texts: Sequence[Codes], training: Iterable[Codes], lengths: Sequence[
 
 
 def rolling_hash(codes: Codes, length: int, base: int = _BASE) -> NDArray[np.uint64]:
-    """sum of codes[i + j] base^(L - 1 - j) modulo 2^64 for every window i, (M - L + 1,) (Karp and Rabin 1987).
+    """sum over j of codes[i + j] base^(L - 1 - j) mod 2^64, for every window i: (M - L + 1,) (Karp, Rabin 1987).
 
     The hash of 2n characters comes from two hashes of n, so the work is log L passes.
     """
@@ -124,19 +125,15 @@ def rolling_hash(codes: Codes, length: int, base: int = _BASE) -> NDArray[np.uin
 
 
 def _longest(asked: Codes, piece: Codes, best: int) -> tuple[int, tuple[int, int] | None]:
-    """The longest run over `best` that both hold, with its place in each: doubling, then bisection."""
-    found, low, high = None, best, best + 1
-    bound = min(len(asked), len(piece)) + 1
-    while low + 1 < bound and high <= bound:
-        match = _first_match(asked, piece, high) if high < bound else None
-        if match is None:
-            break
-        found, low, high = match, high, min(2 * high, bound)
-    high = min(high, bound)
+    """The longest run over `best` that both hold, with its place in each: growing steps, then bisection."""
+    found, low, high, step = None, best, min(len(asked), len(piece)) + 1, 1
     while low + 1 < high:
-        middle = (low + high) // 2
+        middle = low + step if step and low + step < high else (low + high) // 2
         match = _first_match(asked, piece, middle)
-        found, low, high = (match, middle, high) if match is not None else (found, low, middle)
+        if match is None:
+            high, step = middle, 0
+        else:
+            found, low, step = match, middle, 2 * step
     return low, found
 
 
@@ -148,7 +145,7 @@ def _first_match(asked: Codes, piece: Codes, length: int) -> tuple[int, int] | N
 
 
 def _overlapping(training: Iterable[Codes], overlap: int) -> Iterator[tuple[Codes, int]]:
-    """Pieces that repeat the last characters of the piece before, with the ends that came before each piece."""
+    """Pieces that repeat the last characters of the one before, with the ends that came before each piece."""
     tail, begun = np.empty(0, np.int32), 0
     for codes in training:
         piece = np.concatenate((tail, codes))
@@ -158,7 +155,7 @@ def _overlapping(training: Iterable[Codes], overlap: int) -> Iterator[tuple[Code
 
 
 def _join(texts: Sequence[Codes]) -> tuple[Codes, NDArray[np.int64]]:
-    """All texts in one, each followed by a symbol of its own kind, and which text each symbol belongs to, (M,)."""
+    """All texts in one, each followed by a symbol of its own, and which text each symbol belongs to, (M,)."""
     joined = np.concatenate([np.append(text, _BETWEEN) for text in texts]).astype(np.int32)
     return joined, np.repeat(np.arange(len(texts)), [len(text) + 1 for text in texts])
 
@@ -170,7 +167,8 @@ def _count(windows: Windows, owner: NDArray[np.int64], texts: int) -> Counts:
 
 
 def _windows(codes: Codes, starts: NDArray[np.int64], length: int) -> Codes:
-    return codes[starts[:, None] + np.arange(length)]  # (K, L)
+    rows: Codes = codes[starts[:, None] + np.arange(length)]  # (K, L)
+    return rows
 
 
 def _pieces(a: NDArray[np.int64], b: NDArray[np.int64],

@@ -7,7 +7,6 @@ named is an error.
 import codecs
 import glob
 import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +47,8 @@ class Source:
     named: bool  # by the user, not found in a folder or by a pattern
     bytes: int
     modified: int  # nanoseconds since 1970
-    licence: str = ""  # name of the licence file at the top of its folder
+    identity: tuple[int, int]  # device and inode: a file reached by two paths is one
+    licence: str = ""  # the licence file at the top of its folder
 
     @property
     def suffixes(self) -> list[str]:
@@ -106,10 +106,10 @@ def find(paths: tuple[str, ...], cache: Path) -> list[Source]:
     """
     if not paths:
         raise UserError("data.paths is empty: name files, folders or patterns, for example data.paths = [\"notes/\"]")
-    found: dict[str, Source] = {}
+    found: dict[tuple[int, int], Source] = {}
     for given in paths:
         for source in _expand(given, cache):
-            found.setdefault(os.path.realpath(source.path), source)
+            found.setdefault(source.identity, source)
     return list(found.values())
 
 
@@ -126,32 +126,30 @@ def _expand(given: str, cache: Path) -> list[Source]:
         return [_source(path, True)]
     if not glob.has_magic(given):
         raise UserError(f"{given} in data.paths does not exist: check the spelling and the folder you are in")
-    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-    sources = [_source(p, False) for p in matches if p.is_file() and not _ignored(p.relative_to(p.anchor).parts)]
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # hidden ones do not match
+    sources = [_source(p, False) for p in matches if p.is_file() and not _IGNORED_FOLDERS & {*p.parts} - {*path.parts}]
     if not sources:
         raise UserError(f"no file matches {given} in data.paths: check the pattern and the folder you are in")
     return sources
 
 
 def _walk(top: Path, cache: Path) -> Iterator[Source]:
-    licence = next((p.name for p in sorted(top.iterdir()) if p.name.lower().startswith(_LICENCES) and p.is_file()), "")
-    for folder, inner, files in os.walk(top):
+    licence = next((p for p in sorted(top.iterdir()) if p.name.lower().startswith(_LICENCES) and p.is_file()), None)
+    named = _shown(licence) if licence else ""
+    unreadable: list[OSError] = []
+    for folder, inner, files in os.walk(top, onerror=unreadable.append):
         here = Path(folder)
-        inner[:] = sorted(name for name in inner if not (_ignored((name,)) or _ours(here / name, top, cache)))
+        inner[:] = sorted(name for name in inner if not _ours(here / name, top, cache))
         for name in sorted(files):
-            path = here / name
-            if not name.startswith(".") and path.exists() and stat.S_ISREG(path.stat().st_mode):
-                yield _source(path, False, licence)
-
-
-def _ignored(parts: tuple[str, ...]) -> bool:
-    """Hidden, or made by a tool: the last two kinds are folders only."""
-    return any(part.startswith(".") and part not in (".", "..") or part in _IGNORED_FOLDERS for part in parts)
+            if not name.startswith(".") and os.path.isfile(here / name):
+                yield _source(here / name, False, named)
+    for error in unreadable:  # its turn to be skipped and named comes when it is read
+        yield _source(Path(error.filename), False)
 
 
 def _ours(folder: Path, top: Path, cache: Path) -> bool:
-    """A virtual environment, or a folder that Handmill writes into (the cache, and the runs around it)."""
-    if (folder / "pyvenv.cfg").exists():
+    """Hidden, made by a tool, or written by Handmill: the cache, and the runs around it."""
+    if folder.name.startswith(".") or folder.name in _IGNORED_FOLDERS or (folder / "pyvenv.cfg").exists():
         return True
     resolved = folder.resolve()
     return resolved in (cache.resolve(), cache.resolve().parent) and resolved != top.resolve()
@@ -159,7 +157,7 @@ def _ours(folder: Path, top: Path, cache: Path) -> bool:
 
 def _source(path: Path, named: bool, licence: str = "") -> Source:
     state = path.stat()
-    return Source(path, _shown(path), named, state.st_size, state.st_mtime_ns, licence)
+    return Source(path, _shown(path), named, state.st_size, state.st_mtime_ns, (state.st_dev, state.st_ino), licence)
 
 
 def _shown(path: Path) -> str:
@@ -205,8 +203,6 @@ def blocks(source: Source, tick: Tick | None = None) -> Iterator[bytes]:
     """The bytes of a file, unpacked, in blocks of at most a MiB. Raises Broken when it cannot be read or unpacked."""
     import zlib
 
-    import zstandard
-
     unpack = {".gz": _gunzip, ".zst": _unzst, "": _plain}[source.packing]
     try:
         with source.path.open("rb") as file:
@@ -216,7 +212,7 @@ def blocks(source: Source, tick: Tick | None = None) -> Iterator[bytes]:
                 if tick:
                     tick(file.tell() - last)
                     last = file.tell()
-    except (EOFError, zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, zlib.error) as error:
         raise Broken(f"its {source.packing[1:]} packing is cut short or damaged ({error}): copy or pack it again") from None
     except OSError as error:
         raise Broken(f"it cannot be read ({error.strerror or error}): mend it or leave it out") from None
@@ -230,27 +226,30 @@ def _plain(file: BinaryIO) -> Iterator[bytes]:
 def _gunzip(file: BinaryIO) -> Iterator[bytes]:
     import gzip
 
-    with gzip.open(file) as unpacked:
-        while block := unpacked.read(PIECE):
-            yield block
+    try:
+        with gzip.open(file) as unpacked:
+            while block := unpacked.read(PIECE):
+                yield block
+    except gzip.BadGzipFile as error:
+        raise EOFError(str(error)) from None
 
 
 def _unzst(file: BinaryIO) -> Iterator[bytes]:
     """One frame after another. The package's own reader takes a truncated frame for the end of the file."""
     import zstandard
 
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    fresh = True
-    while data := file.read(PIECE >> 3):
-        while data:
-            if frame.eof:
-                frame, fresh = zstandard.ZstdDecompressor().decompressobj(), True
-            unpacked = frame.decompress(data)
-            fresh = False
-            data = frame.unused_data
-            for at in range(0, len(unpacked), PIECE):
-                yield unpacked[at:at + PIECE]
-    if not (frame.eof or fresh):
+    frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
+    try:
+        while data := file.read(PIECE >> 3):
+            while data:
+                if frame.eof:
+                    frame = zstandard.ZstdDecompressor().decompressobj()
+                unpacked, begun = frame.decompress(data), True
+                data = frame.unused_data
+                yield from (unpacked[at:at + PIECE] for at in range(0, len(unpacked), PIECE))
+    except zstandard.ZstdError as error:
+        raise EOFError(str(error)) from None
+    if begun and not frame.eof:
         raise EOFError("the last frame does not end")
 
 
@@ -263,7 +262,7 @@ def _jsonl(source: Source, column: str, skipped: Skipped, tick: Tick) -> Iterato
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.removeprefix(codecs.BOM_UTF8))
+                record = json.loads(line)
                 yield Piece(True, _text_of(record, column), number)
             except Broken as error:
                 skipped.record(source.name, number, str(error))

@@ -47,7 +47,7 @@ def _largest(logits: Tensor, expected: Tensor) -> float:
 def _in_steps(network: Any, windows: Tensor) -> Tensor:
     """The logits of the windows read as a prompt, single tokens and a chunk, the state carried on."""
     length, state, parts = windows.shape[1], None, []
-    for chunk in windows.tensor_split(range(max(1, length - 6), max(1, length - 2)), dim=1):
+    for chunk in windows.tensor_split(list(range(max(1, length - 6), max(1, length - 2))), 1):
         logits, state = network(chunk, state)
         parts.append(logits)
     return torch.cat(parts, 1)  # (B, T, V)
@@ -57,7 +57,7 @@ def _padded(network: Any, other: Any, windows: Tensor) -> list[float]:
     """The largest errors where row i has i tokens of padding: of a prompt, and of a single token after it."""
     padding = torch.arange(windows.shape[0]).clamp(max=windows.shape[1] - 1)  # (B,)
     errors, mine, its = [], network.padded(padding), other.padded(padding)
-    for chunk in windows.tensor_split([windows.shape[1] - 1], dim=1):
+    for chunk in windows.tensor_split([windows.shape[1] - 1], 1):
         expected, mine = network(chunk, mine)
         logits, its = other(chunk, its)
         real = torch.arange(mine.length - chunk.shape[1], mine.length) >= padding[:, None]  # (B, T)

@@ -6,19 +6,91 @@ et al. 2023). Nothing is imported from `transformers`: the formats are written a
 C width, V vocabulary.
 """
 
+import importlib
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from handmill.errors import UserError
+from handmill.export import tokenizer
+from handmill.export.compare import compare
+from handmill.folder import Model, weights_of, write_text
+from handmill.networks import build
 
 # setting -> what the shape needs; `activation` decides which of the two is meant
 NEEDS: dict[str, dict[str, Any]] = {
     "gpt2": {"norm": "layer", "positions": "learned", "activation": "gelu", "qk_norm": False},
     "llama": {"norm": "rms", "positions": "rotary", "activation": "swiglu", "qk_norm": False},
 }
+_TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
+
+_README = """# {name}
+
+Made with Handmill. A language model of {shape}'s shape: {parameters:,} parameters, context {context} tokens.
+Licence of the training text, as its owner states it: {licence}.
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("this/folder")
+    network = AutoModelForCausalLM.from_pretrained("this/folder")
+    tokens = tokenizer("Once", return_tensors="pt")
+    print(tokenizer.decode(network.generate(**tokens)[0], skip_special_tokens=True))
+
+The tokenizer puts `<|end|>` in front of every text, as in training; `<|end|>` inside a text stays text.
+"""
+
+
+def write(model: Model, folder: Path) -> None:
+    """Write the model into `folder`. Raises UserError when `transformers` has no name for its network."""
+    settings, codec = model.recipe.network, model.codec
+    table = config(settings, codec.size, codec.end)
+    weights = {name: weight.cpu() for name, weight in weights_of(model.network).items()}
+    save_file(to_huggingface(weights, settings), folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.write(codec, settings.context, folder)
+    for name, content in (("config", table), ("generation_config", _generation(model))):
+        write_text(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    write_text(folder / "README.md", _README.format(
+        name=model.recipe.name, licence=model.recipe.data.licence, context=settings.context,
+        shape=_TITLES[shape(settings)], parameters=sum(w.numel() for w in weights.values())))
+
+
+def compare_folder(model: Model, folder: Path, windows: Tensor) -> dict[str, Any]:
+    """Compare the written folder with the trained network on windows (B, T) of tokens.
+
+    `transformers` runs it where installed; else the file is read back. Raises UserError on a mismatch.
+    """
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError:
+        read = from_huggingface(load_file(folder / "model.safetensors"), model.recipe.network)
+        network = build(model.recipe.network, model.codec.size).eval()
+        network.load_state_dict(read, strict=False)  # a tied head is not in the file
+        return compare(model.network, network, windows) | {"compared_with": "own reading of the written file"}
+    transformers.utils.logging.disable_progress_bar()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    figures = compare(model.network, _Transformers(loaded, model), windows, cached=False)
+    texts = [model.codec.decode(window.tolist()) for window in windows]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in texts:
+        if theirs(text, verbose=False)["input_ids"] != [model.codec.end, *map(int, model.codec.encode(text))]:
+            raise UserError(f"the exported tokenizer does not cut this text as the trained one does: {text!r}")
+    return figures | {"compared_with": f"transformers {transformers.__version__}",
+                      "characters_encoded": sum(map(len, texts))}
+
+
+class _Transformers:
+    """A network of `transformers`, called as ours is, without a state."""
+
+    def __init__(self, network: Any, model: Model) -> None:
+        self.network, self.settings = network.eval(), model.recipe.network
+
+    def __call__(self, tokens: Tensor, state: None = None) -> tuple[Tensor, None]:
+        return self.network(tokens).logits, None
 
 
 def shape(settings: Any) -> str:
@@ -33,7 +105,7 @@ def shape(settings: Any) -> str:
     nearest = min(missing, key=lambda name: len(missing[name]))
     changes = ", ".join(f"network.{change}" for change in missing[nearest])
     raise UserError(f"transformers has no name for this network: train with {changes} for the shape of "
-                    f"{'GPT-2' if nearest == 'gpt2' else 'Llama'}, or export --to onnx instead")
+                    f"{_TITLES[nearest]}, or export --to onnx instead")
 
 
 def config(settings: Any, vocabulary: int, end: int) -> dict[str, Any]:
@@ -62,7 +134,7 @@ def to_huggingface(weights: Mapping[str, Tensor], settings: Any) -> dict[str, Te
     """The tensors of model.safetensors from a Decoder's weights."""
     tensors = {}
     for theirs, ours, turned in _names(settings):
-        joined = torch.cat([_weight(weights, name, settings.width) for name in ours])
+        joined = torch.cat([_weight(weights, name, settings.width) * _scale(name, settings) for name in ours])
         tensors[theirs] = (joined.T if turned else joined).contiguous()
     return tensors
 
@@ -78,8 +150,14 @@ def from_huggingface(tensors: Mapping[str, Tensor], settings: Any) -> dict[str, 
             raise UserError(f"model.safetensors holds no {theirs}: it is not of the shape in config.json")
         joined = tensors[theirs].T if turned else tensors[theirs]
         for name, part in zip(ours, joined.chunk(len(ours)), strict=True):  # joined parts have one size
-            weights[name] = part.contiguous()
+            weights[name] = part.contiguous() / _scale(name, settings)
     return {name: part for name, part in weights.items() if not _absent(name, settings)}
+
+
+def _scale(name: str, settings: Any) -> float:
+    """Their attention divides by sqrt(D); another scale of ours goes into the queries, which are linear."""
+    scaled = settings.attention_scale and ".query." in name
+    return settings.attention_scale * settings.head_width**0.5 if scaled else 1.0
 
 
 def _absent(name: str, settings: Any) -> bool:
@@ -133,3 +211,14 @@ def _llama_layer(bias: bool) -> Iterator[tuple[str, list[str], bool]]:
         yield f"{theirs}.weight", [f"{ours}.weight"], False
         if bias and theirs in linear:
             yield f"{theirs}.bias", [f"{ours}.bias"], False
+
+
+def _generation(model: Model) -> dict[str, Any]:
+    """The values of generation_config.json, from the recipe's [sampling] table."""
+    s, end = model.recipe.sampling, model.codec.end
+    common = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "max_new_tokens": s.max_tokens,
+              "repetition_penalty": s.repetition_penalty}
+    if s.temperature == 0:
+        return common | {"do_sample": False}
+    return common | {"do_sample": True, "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p,
+                     "min_p": s.min_p or None}

@@ -18,10 +18,29 @@ import torch
 from torch import Tensor, nn
 
 from handmill.errors import optional
+from handmill.folder import Model
 from handmill.networks.decoder import State
 
 OPSET = 23  # the first with attention and RMS norm as operators
+FORMAT = "handmill-onnx/1"
 WHOLE = 1_500_000_000  # bytes of weights up to which they stay inside the .onnx file, whose limit is 2 GiB
+
+
+_README = """# {name} as an ONNX graph
+
+Made with Handmill. `model.onnx` reads tokens and the keys and values of the tokens before them, and gives the
+logits of the next token at every position together with the grown keys and values.
+
+| input | shape | |
+| --- | --- | --- |
+| tokens | (batch, time) int64 | at most {context} in all; documents begin with token {end} |
+| padding | (batch,) int64 | tokens to ignore at the left of each row, mostly 0 |
+| past.*i*.key, past.*i*.value | (batch, {heads}, past, {width}) float32 | empty (past = 0) for a new text |
+
+Outputs: `logits` (batch, time, {vocabulary}), and `present.i.key` and `present.i.value`: the next past.
+`codec/tokenizer.json` says which token is which text; `export.json` holds the sizes and the comparison with
+the trained network.
+"""
 
 
 def cache_names(layers: int, which: str) -> list[str]:
@@ -46,6 +65,24 @@ def write(network: nn.Module, file: Path) -> None:
     assert program is not None
     size = sum(parameter.nbytes for parameter in flat.parameters())
     program.save(str(file), external_data=size > WHOLE)
+
+
+def about(model: Model) -> dict[str, Any]:
+    """The values of export.json: what a program needs to know to run the file."""
+    settings = model.recipe.network
+    return {"format": FORMAT, "name": model.recipe.name, "opset": OPSET, "context": settings.context,
+            "vocabulary": model.codec.size, "end": model.codec.end,
+            "layers": settings.layers, "key_heads": settings.key_heads, "head_width": settings.head_width,
+            "network": model.recipe.table()["network"],
+            "inputs": ["tokens", "padding", *cache_names(settings.layers, "past")],
+            "outputs": ["logits", *cache_names(settings.layers, "present")]}
+
+
+def readme(model: Model) -> str:
+    """The text of README.md."""
+    s = model.recipe.network
+    return _README.format(name=model.recipe.name, heads=s.key_heads, width=s.head_width, end=model.codec.end,
+                          vocabulary=model.codec.size, context=s.context)
 
 
 class _Flat(nn.Module):

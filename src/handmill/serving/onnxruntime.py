@@ -34,6 +34,7 @@ class Runtime:
             if not type(error).__module__.startswith("onnxruntime"):  # its errors share no public base class
                 raise
             raise _broken(file, error) from None
+        self.name = f"onnxruntime {runtime.__version__}"
         self.outputs = ["logits", *cache_names(self.settings.layers, "present")]
 
     padded = staticmethod(Decoder.padded)

@@ -1,4 +1,4 @@
-"""`handmill export`: another form of a model, compared with the trained network before it is left on the disk."""
+"""`handmill export`: another form of a model, compared with the trained network on the spot."""
 
 import json
 import shutil
@@ -20,10 +20,10 @@ LENGTH = 128  # tokens a window, where the context holds as many
 
 
 def export(path: Path | str, to: str) -> dict[str, Any]:
-    """Write `path`/exports/<to>/ ("onnx" or "huggingface"), compare it, and record the figures in the receipt.
+    """Write `path`/exports/<to>/ ("onnx" or "huggingface"), compare it, record the figures in the receipt.
 
     Returns the record: {"path", "made", "weights" (sha256), "compared_with", "logits_error", "greedy_tokens",
-    "files", ...}. Raises UserError, leaving no export, when it does not compute what the trained network does.
+    "files", ...}. Raises UserError, leaving no export, when it computes another thing than the network.
     """
     targets = {"onnx": _onnx, "huggingface": _huggingface}
     if to not in targets:
@@ -73,7 +73,8 @@ def _onnx(model: Model, target: Path) -> dict[str, Any]:
     folder.write_text(target / "README.md", onnx.readme(model))
     runtime = Runtime(target)
     windows, source = held_out(model)
-    figures = compare(model.network, runtime, windows) | {"compared_on": source, "compared_with": runtime.name}
+    figures = compare(model.network, runtime, windows)
+    figures |= {"compared_on": source, "compared_with": runtime.name}
     folder.write_text(target / "export.json", json.dumps(about | {"parity": figures}, indent=1) + "\n")
     return figures
 

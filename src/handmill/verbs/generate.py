@@ -43,7 +43,7 @@ def pieces(model: Model, prompts: Sequence[str], runtime: str = "torch", seed: i
         raise UserError(f"seed = {seed!r} must be a whole number from 0 to {SEEDS - 1}")
     network = network_of(model, runtime)
     for prompt in prompts:
-        autoregressive.encode(model.codec, prompt)  # refuses what the codec cannot read before anything is made
+        autoregressive.encode(model.codec, prompt)  # refuses what it cannot read before anything is made
     return _in_turns(model, network, list(prompts), settings, seed)
 
 
@@ -56,7 +56,7 @@ def sampling(model: Model, **overrides: Any) -> Sampling:
 
 
 def network_of(model: Model, runtime: str) -> Any:
-    """The network to call: the model's own, or its ONNX export. Raises UserError when that is not as recorded."""
+    """The model's own network, or its ONNX export. Raises UserError when that is not as recorded."""
     if runtime == "torch":
         return model.network
     if runtime != "onnx":
@@ -65,15 +65,17 @@ def network_of(model: Model, runtime: str) -> Any:
 
     made = folder.read_receipt(model.path).get("exports", {}).get("onnx")
     if made is None:
-        raise UserError(f"{model.path} has no ONNX export: run `handmill export {model.path} --to onnx` first")
+        raise UserError(f"{model.path} has no ONNX export: `handmill export {model.path} --to onnx` makes it")
+    target = model.path / "exports" / "onnx"
     for name, expected in made["files"].items():
-        file = model.path / made["path"] / name
+        file = target / name
         if not file.is_file() or folder.fingerprint(file) != expected:
-            raise UserError(f"{file} is not as it was exported: run `handmill export {model.path} --to onnx` again")
-    return Runtime(model.path / made["path"])
+            raise UserError(f"{file} is not as exported: run `handmill export {model.path} --to onnx` again")
+    return Runtime(target)
 
 
-def _in_turns(model: Model, network: Any, prompts: list[str], settings: Sampling, seed: int) -> Iterator[Piece]:
+def _in_turns(model: Model, network: Any, prompts: list[str], settings: Sampling,
+              seed: int) -> Iterator[Piece]:
     for first in range(0, len(prompts), AT_ONCE):
         some = prompts[first:first + AT_ONCE]
         for piece in autoregressive.generate(network, model.codec, some, settings, seed, first=first):

@@ -1,0 +1,279 @@
+"""The check of a text model: likelihood beside what a compressor and a trigram model reach, and copying.
+
+Every figure carries an interval, the number of units behind it, and how the interval was found.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from handmill import folder
+from handmill.checks import baselines, memorisation
+from handmill.checks.characters import CHUNK, END, Codes, Spelling, documents, of
+from handmill.checks.intervals import FEW, LEVEL, Figure, block_ratio, difference, ratio, share
+from handmill.checks.likelihood import COUNTED, Scores, Selection, score, select, targets
+from handmill.checks.verdict import lines, verdict
+from handmill.data.packed import Packed
+from handmill.errors import UserError
+from handmill.families import autoregressive
+from handmill.folder import Model
+from handmill.recipe import positive
+
+NO_TRAINING_DATA = "not measured: training data is not on this machine"
+NO_SAMPLES = "not measured: check.samples is 0"
+SAMPLES = "samples/check.jsonl"  # in the model folder
+_AT_ONCE = 64  # samples
+_EXCERPTS = 10_000  # at most
+
+__all__ = ["Settings", "lines", "run", "training_split", "verdict"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The [check] table of a text model."""
+
+    tokens: int = 500_000  # held-out tokens read, from documents in random order; 0: all
+    stride: int = 0  # tokens from one window to the next in long documents; 0: half the context
+    samples: int = 32  # texts made from nothing to look for copying; 0: none
+    sample_tokens: int = 256  # at most, in each of them
+    lengths: tuple[int, ...] = (16, 32, 64, 128)  # characters in a row that count as copied
+    trigram_bytes: int = 20_000_000  # of the training text that the trigram model learns from, at most
+    xz_bytes: int = 8_000_000  # of the training text that xz reads before the held-out text, at most
+
+    def __post_init__(self) -> None:
+        positive(self, "sample_tokens", "trigram_bytes", "xz_bytes")
+        for name in ("tokens", "stride", "samples"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} = {getattr(self, name)} must be 0 or more")
+        if not self.lengths or min(self.lengths) < 1:
+            raise UserError(f"lengths = {list(self.lengths)} must name one or more lengths above 0")
+
+
+class _Ground(NamedTuple):
+    """What all parts of the check stand on."""
+
+    model: Model
+    settings: Settings
+    spelling: Spelling
+    selection: Selection
+    held_out: NDArray[Any]  # tokens of the selected documents, each with its closing end
+    training: NDArray[Any] | None  # tokens of the training split; None: not on this machine
+    progress: bool
+
+    @property
+    def seed(self) -> int:
+        return abs(self.model.recipe.seed) % autoregressive.SEEDS
+
+    @property
+    def context(self) -> int:
+        return int(self.model.recipe.network.context)
+
+    @property
+    def stride(self) -> int:
+        return self.settings.stride or max(1, self.context // 2)
+
+
+def run(model: Model, settings: Settings, progress: bool = True) -> dict[str, Any]:
+    """Check a model on its held-out text; writes samples/check.jsonl into its folder and returns the figures.
+
+    Raises UserError when the folder has no held-out text or a setting does not fit the network.
+    """
+    started = time.perf_counter()
+    ground = _ground(model, settings, progress)
+    scores = _score(ground)
+    model_figures, baseline_figures = _likelihood(ground, scores), _baselines(ground, scores)
+    samples = _samples(ground)
+    result = {
+        "seed": ground.seed, "settings": asdict(settings), "weights": _weights(model),
+        "held_out": _held_out(ground, scores), "likelihood": model_figures, "baselines": baseline_figures,
+        "samples": _save(model.path, samples, ground), "copying": _copying(ground, samples),
+    }
+    return result | {"verdict": verdict(result), "seconds": time.perf_counter() - started}
+
+
+def training_split(model: Model) -> Packed | None:
+    """The prepared data that the model was trained on, where it still lies beside the model folder."""
+    fingerprint = model.receipt.get("training", {}).get("fingerprint")
+    if not isinstance(fingerprint, str) or not fingerprint.isalnum():
+        return None
+    prepared = model.path.resolve().parent / ".prepared" / fingerprint
+    try:
+        packed = Packed.open(prepared) if prepared.is_dir() else None
+    except UserError:
+        return None  # a copy cut short: as good as none
+    return packed if packed is not None and packed.fingerprint == fingerprint else None
+
+
+def _ground(model: Model, settings: Settings, progress: bool) -> _Ground:
+    context = model.recipe.network.context
+    if settings.stride > context:
+        raise UserError(f"check.stride = {settings.stride} is above the network's context of {context}: "
+                        "tokens between the windows would not be read")
+    packed = Packed.open(model.path / "data")
+    selection = select(packed, settings.tokens, abs(model.recipe.seed))
+    train = training_split(model)
+    return _Ground(model, settings, Spelling(model.codec), selection, targets(selection, model.codec.end),
+                   None if train is None else train.tokens("train"), progress)
+
+
+def _score(ground: _Ground) -> Scores:
+    model = ground.model
+    return score(model.network, ground.selection, ground.spelling, model.codec.end, ground.context, ground.stride,
+                 model.device, ground.progress)
+
+
+def _figure(scores: Scores, top: NDArray[Any], bottom: NDArray[Any], seed: int) -> Figure:
+    """A ratio over documents, or over blocks of windows where documents are few; `top`, `bottom` are (W,)."""
+    if len(np.unique(scores.document)) < FEW:
+        return block_ratio(top, bottom, seed)
+    return ratio(scores.by_document(top), scores.by_document(bottom), seed)
+
+
+def _per_text(scores: Scores, nats: NDArray[np.float64], seed: int) -> dict[str, Any]:
+    bits = nats / math.log(2)
+    return {"bits_per_character": _figure(scores, bits, scores.characters, seed).plain(),
+            "bits_per_byte": _figure(scores, bits, scores.bytes, seed).plain()}
+
+
+def _likelihood(ground: _Ground, scores: Scores) -> dict[str, Any]:
+    nats = _figure(scores, scores.nats, scores.tokens, ground.seed)
+    return _per_text(scores, scores.nats, ground.seed) | {
+        "nats_per_character": _figure(scores, scores.nats, scores.characters, ground.seed).plain(),
+        "nats_per_token": nats.plain(), "perplexity": nats.exponential().plain(),
+        "counted": COUNTED, "precision": "fp32", "context": ground.context, "stride": ground.stride}
+
+
+def _held_out(ground: _Ground, scores: Scores) -> dict[str, Any]:
+    unknown = getattr(ground.model.codec, "unknown", None)
+    selection = ground.selection
+    return {"split": selection.split, "whole": selection.whole,
+            "documents": len(selection.starts), "documents_in_split": selection.documents_in_split,
+            "tokens": int(scores.tokens.sum()), "bytes": int(scores.bytes.sum()),
+            "characters": int(scores.characters.sum()),
+            "unknown_characters": 0 if unknown is None else int((ground.held_out == unknown).sum())}
+
+
+def _baselines(ground: _Ground, scores: Scores) -> dict[str, Any]:
+    text = ground.spelling.spell(ground.held_out)
+    found: dict[str, Any] = {"trigram": {"missing": NO_TRAINING_DATA}, "xz": _xz(scores, baselines.xz(text))}
+    found["xz_trained"] = {"missing": NO_TRAINING_DATA}
+    if ground.training is not None:
+        found["trigram"] = _trigram(ground, ground.training, scores)
+        known = ground.spelling.spell(
+            baselines.excerpt(ground.training, ground.spelling, ground.settings.xz_bytes))
+        found["xz_trained"] = _xz(scores, baselines.xz(text, known)) | {"training_bytes": len(known)}
+    return found
+
+
+def _xz(scores: Scores, bits: int) -> dict[str, Any]:
+    counts = {"bits_per_character": scores.characters, "bits_per_byte": scores.bytes}
+    return {name: {"value": bits / int(count.sum()), "low": None, "high": None, "n": 1,
+                   "method": "the whole text at once: no interval"} for name, count in counts.items()}
+
+
+def _trigram(ground: _Ground, training: NDArray[Any], scores: Scores) -> dict[str, Any]:
+    known = ground.spelling.read(baselines.excerpt(training, ground.spelling, ground.settings.trigram_bytes))
+    each = baselines.Trigram(known).nats(ground.spelling.read(ground.held_out))
+    total = np.concatenate(([0.0], np.cumsum(each)))
+    ends = np.cumsum(scores.symbols)
+    assert ends[-1] == len(each), "both models read the same text"
+    nats = total[ends] - total[ends - scores.symbols]  # (W,)
+    saved = _figure(scores, (nats - scores.nats) / math.log(2), scores.characters, ground.seed)
+    return _per_text(scores, nats, ground.seed) | {
+        "model_saves_bits_per_character": saved.plain(), "training_characters": int((known != END).sum()),
+        "smoothing": baselines.SMOOTHING}
+
+
+def _samples(ground: _Ground) -> list[str]:
+    """Texts from nothing, with the recipe's own sampling but for their length and stop strings."""
+    count, model = ground.settings.samples, ground.model
+    sampling = _sampling(ground)
+    texts = [""] * count
+    with tqdm(total=count, unit=" texts", desc="samples", disable=not (ground.progress and count)) as bar:
+        for first in range(0, count, _AT_ONCE):
+            prompts = [""] * min(_AT_ONCE, count - first)
+            for piece in autoregressive.generate(model.network, model.codec, prompts, sampling, ground.seed,
+                                                 first=first):
+                texts[first + piece.row] += piece.text
+                bar.update(bool(piece.finish))
+    return texts
+
+
+def _sampling(ground: _Ground) -> autoregressive.Sampling:
+    recipe: autoregressive.Sampling = ground.model.recipe.sampling
+    return replace(recipe, max_tokens=ground.settings.sample_tokens, stop=())
+
+
+def _save(path: Path, samples: Sequence[str], ground: _Ground) -> dict[str, Any]:
+    file = path / SAMPLES
+    file.parent.mkdir(exist_ok=True)
+    rows = ({"sample": i, "seed": ground.seed, "text": text} for i, text in enumerate(samples))
+    folder.write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    about = {"file": SAMPLES, "count": len(samples), "prompt": "", "sampling": asdict(_sampling(ground))}
+    return about | folder.fingerprint(file)
+
+
+def _copying(ground: _Ground, samples: list[str]) -> dict[str, Any]:
+    if ground.training is None or not samples:
+        return {"missing": NO_SAMPLES if ground.training is not None else NO_TRAINING_DATA}
+    made = [of(text) for text in samples]
+    excerpts = _excerpts(documents(ground.spelling.read(ground.held_out)), made, ground.seed)
+    pieces = tqdm(ground.spelling.stream(ground.training), total=len(ground.training) // CHUNK + 1,
+                  desc="training text", unit=" pieces", disable=not ground.progress)
+    counts, longest = memorisation.copied([*made, *excerpts], pieces, ground.settings.lengths, len(made))
+    found = {str(length): _compare(count, len(made), len(counts), ground.seed)
+             for length, count in counts.items()}
+    return {"unit": "characters", "samples": len(made), "held_out_excerpts": len(excerpts), "lengths": found,
+            "more_at": [int(length) for length, row in found.items() if row.get("more")],
+            "longest": None if longest is None else longest._asdict()}
+
+
+def _excerpts(texts: list[Codes], made: list[Codes], seed: int) -> list[Codes]:
+    """Held-out text for comparison: from random places, as long as the samples, each within one document.
+
+    Where no document is as long as a sample, more and shorter ones are taken.
+    """
+    generator = np.random.default_rng(seed)
+    lengths, wanted = np.array([len(text) for text in texts], np.int64), sum(map(len, made))
+    excerpts: list[Codes] = []
+    while len(excerpts) < _EXCERPTS and sum(map(len, excerpts)) < wanted:
+        size = min(max(1, len(made[len(excerpts) % len(made)])), int(lengths.max()))
+        places = np.maximum(lengths - size + 1, 0)  # beginnings of an excerpt in each document
+        text = texts[int(generator.choice(len(texts), p=places / places.sum()))]
+        start = int(generator.integers(len(text) - size + 1))
+        excerpts.append(text[start:start + size])
+    return excerpts
+
+
+def _compare(count: memorisation.Counts, made: int, lengths: int, seed: int) -> dict[str, Any]:
+    """Copied shares of generated and held-out text, and whether the first is shown to be above the second.
+
+    The difference has an interval so wide that it holds at all lengths together (Bonferroni).
+    """
+    halves = [(count.found[:made], count.windows[:made]), (count.found[made:], count.windows[made:])]
+    if not all(windows.sum() for _, windows in halves):
+        return {"missing": "not measured: no text is this long"}
+    generated, held_out = (_share(*half, seed, LEVEL) for half in halves)
+    level = 1 - (1 - LEVEL) / lengths
+    apart = difference(*(_share(*half, seed, level) for half in halves))
+    return {"generated": generated.plain() | {"windows": int(halves[0][1].sum())},
+            "held_out": held_out.plain() | {"windows": int(halves[1][1].sum())},
+            "difference": apart.plain() | {"level": level}, "more": apart.low is not None and apart.low > 0}
+
+
+def _share(found: NDArray[np.int64], windows: NDArray[np.int64], seed: int, level: float) -> Figure:
+    long = windows > 0
+    return share(found[long], windows[long], seed, level, "texts")
+
+
+def _weights(model: Model) -> str | None:
+    digest: str | None = model.receipt["files"].get("weights.safetensors", {}).get("sha256")
+    return digest

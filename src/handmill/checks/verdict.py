@@ -1,0 +1,110 @@
+"""A check in plain words: what the figures show, and the lines for the screen."""
+
+from typing import Any
+
+_NAMES = {"trigram": "trigram model", "xz": "xz", "xz_trained": "xz after training text"}
+
+
+def verdict(result: dict[str, Any]) -> dict[str, Any]:
+    """Plain words and their grounds. None: could not be measured, or too little text to tell.
+
+    `good` is true only where the model is shown to be better than a trigram model and than xz, and no copier.
+    """
+    trigram, worse = _against_trigram(result["baselines"]["trigram"])
+    xz, worse_than_xz = _against_xz(result)
+    copying = result["copying"]
+    copies = None if "missing" in copying else bool(copying["more_at"])
+    words = [_words("a trigram model", trigram, worse, result["baselines"]["trigram"].get("missing")),
+             _words("xz", xz, worse_than_xz, None), _copies(copying)]
+    return {"text": "; ".join(words), "better_than_trigram": trigram, "better_than_xz": xz, "copies": copies,
+            "good": trigram is True and xz is True and copies is False}
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """What the screen shows: a small table, the figure and its interval first."""
+    held, found = result["held_out"], result["likelihood"]
+    unit = found["bits_per_character"]
+    rows = [("this model", found), *((_NAMES[name], base) for name, base in result["baselines"].items())]
+    table = [("", "bits per character", "bits per byte")]
+    table += [(name, row["missing"], "") if "missing" in row else
+              (name, shown(row["bits_per_character"]), shown(row["bits_per_byte"])) for name, row in rows]
+    return [
+        f"{held['split']} text: {held['documents']:,} of {held['documents_in_split']:,} documents, "
+        f"{held['characters']:,} characters, {held['tokens']:,} tokens", "",
+        *aligned(table), "",
+        f"perplexity {shown(found['perplexity'])}, {shown(found['nats_per_token'])} nats, per token", "",
+        *_copying_lines(result["copying"]), "",
+        f"intervals of 95 %: {unit['method']}, n = {unit['n']}",
+        f"verdict: {result['verdict']['text']}"]
+
+
+def copying_table(copying: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Copied shares by length: header and rows."""
+    rows = [("characters in a row", "generated text", "held-out text")]
+    for length, row in copying["lengths"].items():
+        rows.append((length, row["missing"], "") if "missing" in row else
+                    (length, percent(row["generated"]), percent(row["held_out"])))
+    return rows
+
+
+def shown(figure: dict[str, Any]) -> str:
+    """A figure as text: 1.470 [1.455, 1.483]."""
+    return _interval(figure, lambda x: f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3f}")
+
+
+def percent(figure: dict[str, Any]) -> str:
+    """A share as text: 1.25 % [0.80 %, 1.90 %]."""
+    return _interval(figure, lambda x: f"{100 * x:.2f} %")
+
+
+def aligned(table: list[tuple[str, str, str]]) -> list[str]:
+    """Rows of three cells under one another."""
+    widths = [max(len(row[column]) for row in table) for column in (0, 1)]
+    return [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in table]
+
+
+def _interval(figure: dict[str, Any], form: Any) -> str:
+    value = str(form(figure["value"]))
+    return value if figure["low"] is None else f"{value} [{form(figure['low'])}, {form(figure['high'])}]"
+
+
+def _against_trigram(trigram: dict[str, Any]) -> tuple[bool | None, bool]:
+    """(better, or None; worse), from the paired difference on the same text."""
+    saved = trigram.get("model_saves_bits_per_character")
+    if saved is None or saved["low"] is None:
+        return None, False
+    return (True if saved["low"] > 0 else False if saved["high"] < 0 else None), saved["high"] < 0
+
+
+def _against_xz(result: dict[str, Any]) -> tuple[bool | None, bool]:
+    """(better, or None; worse), against the better of the two ways to use xz."""
+    reached = [result["baselines"][name] for name in ("xz", "xz_trained")]
+    best = min(base["bits_per_character"]["value"] for base in reached if "missing" not in base)
+    model = result["likelihood"]["bits_per_character"]
+    if model["low"] is None:
+        return None, False
+    return (True if model["high"] < best else False if model["low"] > best else None), model["low"] > best
+
+
+def _words(rival: str, better: bool | None, worse: bool, missing: str | None) -> str:
+    if missing:
+        return f"against {rival} {missing}"
+    return f"{'better' if better else 'worse' if worse else 'not shown to be better'} than {rival}"
+
+
+def _copies(copying: dict[str, Any]) -> str:
+    if "missing" in copying:
+        return f"copying {copying['missing']}"
+    if copying["more_at"]:
+        at = ", ".join(map(str, copying["more_at"]))
+        return f"repeats its training text more than held-out text does (at {at} characters)"
+    return "not shown to repeat its training text more than held-out text does"
+
+
+def _copying_lines(copying: dict[str, Any]) -> list[str]:
+    if "missing" in copying:
+        return [f"found word for word in the training text: {copying['missing']}"]
+    longest = copying["longest"]
+    run = (f"longest run copied: {longest['characters']} characters, in sample {longest['text']}, "
+           f"from training document {longest['document']}" if longest else "no character copied")
+    return ["found word for word in the training text:", *aligned(copying_table(copying)), run]
