@@ -82,8 +82,8 @@ def share(hits: ArrayLike, tries: ArrayLike, seed: int, level: float = LEVEL,
           unit: str = "samples") -> Figure:
     """sum(hits) / sum(tries), the tries of one unit being dependent.
 
-    Where all units agree (none hit, or all), or are few, resampling shows no spread, and Wilson's interval for
-    N independent tries stands instead.
+    Where all units agree (none hit, or all), or are few, resampling shows no spread, and Wilson's interval
+    for N independent tries stands instead.
     """
     top, bottom = _pair(hits, tries)
     assert (top <= bottom).all()

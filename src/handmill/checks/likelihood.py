@@ -18,8 +18,8 @@ from tqdm import tqdm
 from handmill.checks.characters import Spelling
 from handmill.errors import UserError
 
-COUNTED = ("every token of a document and its closing end token, given the tokens before them in the document "
-           "and the end token that opens it; bits are divided by the document's text alone")
+COUNTED = ("every token of a document and its closing end token, given the tokens before them in the "
+           "document and the end token that opens it; bits are divided by the document's text alone")
 _LOGITS = 1 << 24  # numbers in one batch of logits: 64 MiB
 
 

@@ -105,7 +105,7 @@ def copied(texts: Sequence[Codes], training: Iterable[Codes], lengths: Sequence[
 
 
 def rolling_hash(codes: Codes, length: int, base: int = _BASE) -> NDArray[np.uint64]:
-    """sum over j of codes[i + j] base^(L - 1 - j) mod 2^64, for every window i: (M - L + 1,) (Karp, Rabin 1987).
+    """sum over j of codes[i + j] base^(L - 1 - j) mod 2^64, for every i: (M - L + 1,) (Karp and Rabin 1987).
 
     The hash of 2n characters comes from two hashes of n, so the work is log L passes.
     """

@@ -126,8 +126,8 @@ def _ground(model: Model, settings: Settings, progress: bool) -> _Ground:
 
 def _score(ground: _Ground) -> Scores:
     model = ground.model
-    return score(model.network, ground.selection, ground.spelling, model.codec.end, ground.context, ground.stride,
-                 model.device, ground.progress)
+    return score(model.network, ground.selection, ground.spelling, model.codec.end, ground.context,
+                 ground.stride, model.device, ground.progress)
 
 
 def _figure(scores: Scores, top: NDArray[Any], bottom: NDArray[Any], seed: int) -> Figure:
@@ -180,7 +180,8 @@ def _xz(scores: Scores, bits: int) -> dict[str, Any]:
 
 
 def _trigram(ground: _Ground, training: NDArray[Any], scores: Scores) -> dict[str, Any]:
-    known = ground.spelling.read(baselines.excerpt(training, ground.spelling, ground.settings.trigram_bytes))
+    packed = ground.spelling.read(baselines.excerpt(training, ground.spelling, ground.settings.trigram_bytes))
+    known = np.append(packed[1:], np.int32(END))  # the ends then close documents, as in the held-out text
     each = baselines.Trigram(known).nats(ground.spelling.read(ground.held_out))
     total = np.concatenate(([0.0], np.cumsum(each)))
     ends = np.cumsum(scores.symbols)

@@ -1,4 +1,4 @@
-"""Cleaning of text: control characters, line ends, Unicode form, and lines that many documents begin or end with."""
+"""Cleaning of text: control characters, line ends, Unicode form, and boilerplate lines."""
 
 import re
 import unicodedata
@@ -17,7 +17,7 @@ def clean(text: str, counts: Counter[str] | None = None) -> str:
     """Text without control characters (but line feed and tab), lone surrogates and byte order mark, with line
     feeds for line ends, in Unicode form NFC. Cleaning twice changes nothing more.
 
-    `counts` is told how many control characters and carriage returns went, and in how many texts the form changed.
+    `counts` is told how many control characters and carriage returns went, and how many texts changed form.
     """
     counts = Counter() if counts is None else counts
     if _CONTROL.search(text):
@@ -49,7 +49,8 @@ class Boilerplate:
         edges = {*text[:_NEAR].split("\n")[:_EDGE], *text[-_NEAR:].split("\n")[-_EDGE:]}
         self.counts.update(line for line in map(str.strip, edges) if len(line) >= _SHORTEST)
         if len(self.counts) > _KEPT:  # a line of a large share is soon back
-            self.counts = Counter({line: n for line, n in self.counts.items() if n > 1 + self.documents * self.share / 10})
+            few = 1 + self.documents * self.share / 10
+            self.counts = Counter({line: n for line, n in self.counts.items() if n > few})
 
     def lines(self) -> dict[str, int]:
         """The boilerplate lines and in how many documents each stands."""

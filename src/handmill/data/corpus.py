@@ -20,7 +20,7 @@ Tick = Callable[[int], None]  # told the number of bytes done since last told
 
 @dataclass(frozen=True)
 class Batch:
-    """Some whole documents, or one piece of a long one, as UTF-8 bytes with the ranges of the documents in them."""
+    """Some whole documents, or one piece of a long one: UTF-8 bytes, and where in them the documents are."""
 
     documents: Ints  # (D,) numbers of the documents
     data: bytes
@@ -54,7 +54,7 @@ class Corpus:
         return self.ends - self.begins
 
     def batches(self, chosen: Ints | None = None, tick: Tick | None = None) -> Iterator[Batch]:
-        """All documents, or the `chosen` ones (ascending), in order. A document above a MiB comes in pieces."""
+        """All documents, or the `chosen` ones (ascending). A document above a MiB comes in pieces."""
         chosen = np.arange(len(self)) if chosen is None else chosen
         begins, ends = self.begins[chosen], self.ends[chosen]
         with self.path.open("rb") as file:

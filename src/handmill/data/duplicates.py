@@ -1,9 +1,9 @@
 """Exact and near duplicates, in memory that grows by a few numbers a document.
 
-A document is the set of its 5-word shingles (Broder 1997), case and punctuation ignored. One permutation hashing
-(Li, Owen & Zhang 2012), made dense by rotation (Shrivastava & Li 2014), gives its MinHash signature; documents
-whose signatures agree in a band are compared, and what counts is their exact Jaccard similarity. Documents above
-a MiB are compared by their first MiB.
+A document is the set of its 5-word shingles (Broder 1997), case and punctuation ignored. One permutation
+hashing (Li, Owen & Zhang 2012), made dense by rotation (Shrivastava & Li 2014), gives its MinHash signature;
+documents whose signatures agree in a band are compared, and what counts is their exact Jaccard similarity.
+Documents above a MiB are compared by their first MiB.
 
 W words, S shingles, D documents, K bins of the signature.
 """
@@ -30,7 +30,7 @@ _EMPTY = np.uint64(_MASK)
 _SHUFFLED = np.arange(BINS) * 37 % BINS  # bins beside each other may be copies, so a band takes distant ones
 _REJECTED = 1 << 20  # compared pairs that are remembered
 # letters and digits in lower case, every byte of a character beyond ASCII as it is, nothing else
-_LETTERS = bytes(ord(chr(b).lower()) if chr(b).isalnum() and b < 128 else b if b > 127 else 0 for b in range(256))
+_LETTERS = bytes(b if b > 127 else ord(chr(b).lower()) if chr(b).isalnum() else 0 for b in range(256))
 
 
 def mix(values: Hashes) -> Hashes:
@@ -50,8 +50,8 @@ def _powers(base: int, count: int) -> Hashes:
 def words(data: bytes) -> tuple[Hashes, Ints]:
     """A hash of each word, and where it begins: (W,), (W,).
 
-    The hash is a polynomial in the word's bytes, from the running sum of byte times power over the whole data. Han
-    characters and kana are words of their own.
+    The hash is a polynomial in the word's bytes, from the running sum of byte times power over all the data.
+    Han characters and kana are words of their own.
     """
     letters = np.frombuffer(data.translate(_LETTERS), np.uint8)  # (N,)
     count = 1 << max(20, len(letters).bit_length())
@@ -63,13 +63,14 @@ def words(data: bytes) -> tuple[Hashes, Ints]:
     stops = np.flatnonzero(inside & ~np.concatenate([inside[1:], [False]])) + 1
     last = stops[np.searchsorted(stops, begins, side="right")]  # the end of the run of letters
     ends = np.minimum(last, np.concatenate([begins[1:], [len(letters)]]))
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(letters * _powers(_PRIME, count)[:len(letters)])])
+    terms = letters * _powers(_PRIME, count)[:len(letters)]
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms)])
     inverse = _powers(pow(_PRIME, -1, 1 << 64), count)
     return mix((sums[ends] - sums[begins]) * inverse[begins]), begins
 
 
 def shingles(batch: Batch, size: int) -> tuple[Hashes, Ints]:
-    """A hash of every run of `size` words inside one document, and the row of that document in the batch: (S,), (S,)."""
+    """A hash of every run of `size` words in a document, and the document's row in the batch: (S,), (S,)."""
     hashes, places = words(batch.data)
     total = len(hashes) - size + 1
     if total < 1:
@@ -83,11 +84,15 @@ def shingles(batch: Batch, size: int) -> tuple[Hashes, Ints]:
 
 
 def signatures(hashes: Hashes, rows: Ints, documents: int) -> Hashes:
-    """The MinHash signatures of documents that have shingles: (D, K). Each shingle falls in one bin and each bin
-    keeps its smallest; an empty bin copies the next filled one on its left, in a circle."""
-    table = np.full(documents * BINS, _EMPTY)
-    np.minimum.at(table, rows * BINS + (hashes >> np.uint64(57)).astype(np.int64), hashes & np.uint64(_MASK >> 7))
-    table = table.reshape(documents, BINS)
+    """The MinHash signatures of documents that have shingles: (D, K).
+
+    Each shingle falls in one bin and each bin keeps its smallest; an empty bin copies the next filled one on
+    its left, in a circle.
+    """
+    flat = np.full(documents * BINS, _EMPTY)
+    bins = (hashes >> np.uint64(57)).astype(np.int64)
+    np.minimum.at(flat, rows * BINS + bins, hashes & np.uint64(_MASK >> 7))
+    table = flat.reshape(documents, BINS)
     filled = np.where(table != _EMPTY, np.arange(BINS), -1)
     nearest = np.maximum.accumulate(filled, axis=1)
     nearest = np.where(nearest < 0, nearest[:, -1:], nearest)
@@ -106,7 +111,7 @@ def banding(threshold: float) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Signed:
-    """What the comparison of documents needs: their exact hashes in memory, the bands of signatures on disk."""
+    """What comparing documents needs: exact hashes in memory, the bands of the signatures on disk."""
 
     folder: Path
     exact: Hashes  # (D, 2) 128 bits of each document's text
@@ -151,7 +156,7 @@ def _fold(columns: Hashes, seed: int) -> Hashes:
 def _digests(batch: Batch, corpus: Corpus) -> Hashes:
     """128 bits of each document's text, white space around it ignored: (D, 2)."""
     digests = [hashlib.blake2b(chunk.strip(), digest_size=16).digest() for chunk in batch.chunks()]
-    if len(digests) == 1 and batch.ends[0] < corpus.sizes[batch.documents[0]]:  # the first piece of a long document
+    if len(digests) == 1 and batch.ends[0] < corpus.sizes[batch.documents[0]]:  # it goes on
         whole = hashlib.blake2b(digest_size=16)
         for piece in corpus.batches(batch.documents):
             whole.update(piece.data)
@@ -171,7 +176,7 @@ def exact_duplicates(exact: Hashes) -> Ints:
 
 
 def candidates(signed: Signed, alive: npt.NDArray[np.bool_]) -> Iterator[tuple[Ints, Ints]]:
-    """Band by band, pairs of documents that agree in it: each with the first and with the one before it in its bucket."""
+    """Band by band, the documents that agree in it, each with the first and the previous of its bucket."""
     chosen = alive[signed.rows]
     rows = signed.rows[chosen]
     for number in range(signed.bands):
@@ -207,7 +212,7 @@ def near_duplicates(corpus: Corpus, signed: Signed, alive: npt.NDArray[np.bool_]
                     threshold: float) -> tuple[dict[int, int], list[tuple[int, int, float]]]:
     """Clusters of documents linked by a Jaccard similarity of at least the threshold.
 
-    Returns dropped document -> the first of its cluster, and the pairs that linked them with their similarity.
+    Returns document -> the first of its cluster, and the pairs that linked them with their similarity.
     """
     similarity = Comparer(corpus)
     parent: dict[int, int] = {}

@@ -1,8 +1,8 @@
 """Learning the merges of a byte-pair encoding (Sennrich et al. 2016) in NumPy.
 
-All distinct words lie in one array, joined by a separator. A merge touches only the places where its pair occurs,
-and all of those at once; the counts of the pairs around them are taken off before and put back after. The cost
-is that of the places touched, not of the whole text times the merges.
+All distinct words lie in one array, joined by a separator. A merge touches only the places where its pair
+occurs, and all of those at once; the counts of the pairs around them are taken off before and put back after.
+The cost is that of the places touched, not of the whole text times the merges.
 """
 
 import heapq
@@ -17,14 +17,15 @@ _CUT = 256  # bytes; longer words are learnt from in pieces
 
 
 def learn(words: Mapping[bytes, int], merges: int) -> list[tuple[int, int]]:
-    """At most `merges` pairs of tokens in the order learnt: the most frequent pair each time, ties by the smaller ids.
+    """At most `merges` pairs of tokens in the order learnt: each the most frequent, of equals the smallest.
 
     Fewer when no pair occurs twice. A pair whose bytes are a token already is passed over, so that bytes and
     tokens stay one to one and the result can be written as an ordinary vocabulary.
     """
     state = _Words(words, 257 + merges)
     pieces = [bytes([value]) for value in range(256)]
-    known, learnt = set(pieces), []
+    known = set(pieces)
+    learnt: list[tuple[int, int]] = []
     while len(learnt) < merges and (pair := state.best()) is not None:
         left, right = pair
         piece = pieces[left] + pieces[right]
@@ -42,7 +43,7 @@ class _Words:
 
     def __init__(self, words: Mapping[bytes, int], base: int) -> None:
         chunks = [(word[i:i + _CUT], n) for word, n in words.items() for i in range(0, len(word), _CUT)]
-        joined = b"\xff" + b"".join(chunk + b"\xff" for chunk, _ in chunks)  # no UTF-8 text holds the byte 255
+        joined = b"\xff" + b"".join(chunk + b"\xff" for chunk, _ in chunks)  # no UTF-8 text holds byte 255
         self.symbols = np.frombuffer(joined, np.uint8).astype(np.int64)  # (N,)
         self.symbols[self.symbols == 0xFF] = _BREAK
         lengths = np.array([1] + [len(chunk) + 1 for chunk, _ in chunks])
@@ -79,13 +80,13 @@ class _Words:
 
     def _occurrences(self, left: int, right: int) -> Ints:
         at = np.sort(np.concatenate(self.places.pop(left * self.base + right)))
-        at = at[(self.symbols[at] == left) & (self.symbols[self.after[at]] == right)]
+        at = at[np.flatnonzero((self.symbols[at] == left) & (self.symbols[self.after[at]] == right))]
         if left != right or len(at) < 2:
             return at
         # in "aaaa" only every other pair can be merged: keep the even places of each run
         fresh = np.concatenate([[True], at[1:] != self.after[at[:-1]]])
         first = np.maximum.accumulate(np.where(fresh, np.arange(len(at)), 0))
-        return at[(np.arange(len(at)) - first) % 2 == 0]
+        return at[np.flatnonzero((np.arange(len(at)) - first) % 2 == 0)]
 
     def _groups(self, at: Ints) -> Iterator[tuple[int, int, Ints]]:
         """Key, count and places of each pair that begins at one of the places."""
@@ -99,7 +100,8 @@ class _Words:
         begins = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
         counts = np.add.reduceat(self.weights[at], begins)
         ends = [*begins[1:].tolist(), len(at)]
-        for key, count, begin, end in zip(keys[begins].tolist(), counts.tolist(), begins.tolist(), ends, strict=True):
+        columns = (keys[begins].tolist(), counts.tolist(), begins.tolist(), ends)
+        for key, count, begin, end in zip(*columns, strict=True):
             yield key, count, at[begin:end]
 
     def _take(self, at: Ints) -> None:

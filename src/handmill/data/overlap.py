@@ -1,7 +1,7 @@
 """The proof that held-out text is not in the training text: exact, near, and word for word.
 
-The word-for-word search reads the whole training split and is independent of the MinHash search: a window is 13
-words in a row (the length GPT-3's authors used, Brown et al. 2020), case and punctuation ignored.
+The word-for-word search reads the whole training split and is independent of the MinHash search: a window is
+13 words in a row (the length GPT-3's authors used, Brown et al. 2020), case and punctuation ignored.
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ _FILTER = 22  # bits of a hash in the table that lets most training windows go a
 _MOST = 0.5  # share of a document's windows seen in training, from which on it counts as mostly seen
 
 
-def check(corpus: Corpus, parts: Parts, signed: Signed | None, threshold: float, tick: Tick) -> dict[str, Any]:
+def check(corpus: Corpus, parts: Parts, signed: Signed | None, threshold: float,
+          tick: Tick) -> dict[str, Any]:
     """Counts of held-out documents and windows that are in the training split.
 
-    `signed` is None where the documents were cut from one text after signing; the parts of one text are compared
-    by windows alone.
+    `signed` is None where one text was cut by place: its parts are compared by windows alone.
     """
     report: dict[str, Any] = {"windows": _windows(corpus, parts, tick)}
     if signed is not None:
@@ -40,7 +40,7 @@ def _held(parts: Parts) -> Ints:
 def _near(corpus: Corpus, signed: Signed, side: np.ndarray[Any, Any], threshold: float) -> dict[str, Any]:
     """Pairs across the split that agree in a band of their signatures, and those of them truly near."""
     similarity = Comparer(corpus)
-    pairs = set()
+    pairs: set[tuple[int, int]] = set()
     for left, right in candidates(signed, side > 0):
         across = side[left] != side[right]
         pairs.update(zip(left[across].tolist(), right[across].tolist(), strict=True))
@@ -57,11 +57,12 @@ def _windows(corpus: Corpus, parts: Parts, tick: Tick) -> dict[str, Any]:
     share = np.bincount(row, weights=seen) / np.maximum(1, np.bincount(row))
     return {"words": WINDOW, "windows": len(hashes), "seen": int(seen.sum()),
             "share": float(seen.mean()) if len(seen) else None,
-            "documents": len(numbers), "held_out_documents": len(held), "mostly_seen": int((share >= _MOST).sum())}
+            "documents": len(numbers), "held_out_documents": len(held),
+            "mostly_seen": int((share >= _MOST).sum())}
 
 
 def _held_windows(corpus: Corpus, held: Ints) -> tuple[Hashes, Ints]:
-    """Windows of the held-out documents and the document of each; of every n-th document when there are many."""
+    """Windows of the held-out documents, or of every n-th when they are many, and the document of each."""
     step = 1 + int(corpus.sizes[held].sum()) // (8 * _WINDOWS)
     found, documents = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     for batch in corpus.batches(held[::step]):

@@ -26,7 +26,7 @@ def pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def lines(blocks: Iterable[bytes], longest: int = 1 << 28) -> Iterator[bytes]:
-    """The lines of the blocks joined, without their line feeds. Raises ValueError at a line above `longest` bytes."""
+    """The lines of the blocks joined, without line feeds. Raises ValueError at one above `longest` bytes."""
     held: list[bytes] = []
     size = 0
     for block in blocks:

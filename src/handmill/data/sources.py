@@ -1,7 +1,7 @@
-"""The user's files: found, checked and read as documents. Text in any ending, jsonl, csv, their gz and zst forms, parquet.
+"""The user's files, found, checked and read as documents: text, jsonl, csv, their gz and zst forms, parquet.
 
-What is broken in a folder, and a broken record anywhere, is skipped, counted and named; a broken file that the user
-named is an error.
+What is broken in a folder, and a broken record anywhere, is skipped, counted and named; a broken file that
+the user named is an error.
 """
 
 import codecs
@@ -20,10 +20,12 @@ _IGNORED_FOLDERS = {"__pycache__", "node_modules"}
 _LICENCES = ("licence", "license", "copying")
 _SHOWN = 100  # skipped things named in the report
 _RECORD = 1 << 28  # bytes, the longest jsonl line or csv field
-CODE = frozenset(
-    ".bash .c .cc .cjs .clj .cpp .cs .css .cu .cxx .dart .el .erl .ex .exs .f90 .fs .go .groovy .h .hpp .hs .ipynb "
-    ".java .jl .js .json .jsx .kt .lisp .lua .m .mjs .ml .mm .nim .php .pl .pm .proto .ps1 .py .pyi .r .rb .rs .scala "
-    ".scm .sh .sql .svelte .swift .tcl .tf .toml .ts .tsx .vb .vhd .vue .xml .yaml .yml .zig".split())
+_CODE = """
+    .bash .c .cc .cjs .clj .cpp .cs .css .cu .cxx .dart .el .erl .ex .exs .f90 .fs .go .groovy .h .hpp
+    .hs .ipynb .java .jl .js .json .jsx .kt .lisp .lua .m .mjs .ml .mm .nim .php .pl .pm .proto .ps1
+    .py .pyi .r .rb .rs .scala .scm .sh .sql .svelte .swift .tcl .tf .toml .ts .tsx .vb .vhd .vue .xml
+    .yaml .yml .zig"""
+CODE = frozenset(_CODE.split())
 
 
 class Broken(Exception):
@@ -91,7 +93,8 @@ class Skipped:
 
     def summary(self) -> str:
         """"3 files and 1 record were left out (a.bin: ...)", or "" """
-        counts = [f"{n} {what}{'s' * (n > 1)}" for n, what in ((self.files, "file"), (self.records, "record")) if n]
+        kinds = ((self.files, "file"), (self.records, "record"))
+        counts = [f"{number} {kind}{'s' * (number > 1)}" for number, kind in kinds if number]
         return f"left out {' and '.join(counts)}, first {self.first[0]}" if counts else ""
 
     def _name(self, sentence: str) -> None:
@@ -100,12 +103,12 @@ class Skipped:
 
 
 def find(paths: tuple[str, ...], cache: Path) -> list[Source]:
-    """The files under `data.paths`, each once, folders in order of name; nothing hidden, nothing made by Handmill.
+    """The files under `data.paths`, each once, in order of name; nothing hidden, nothing Handmill made.
 
     Raises UserError for a path that does not exist and a folder or pattern without files.
     """
     if not paths:
-        raise UserError("data.paths is empty: name files, folders or patterns, for example data.paths = [\"notes/\"]")
+        raise UserError('data.paths is empty: name files, folders or patterns, as in data.paths = ["notes/"]')
     found: dict[tuple[int, int], Source] = {}
     for given in paths:
         for source in _expand(given, cache):
@@ -118,31 +121,32 @@ def _expand(given: str, cache: Path) -> list[Source]:
     if path.is_dir():
         sources = list(_walk(path, cache))
         if not sources:
-            raise UserError(f"the folder {given} in data.paths holds no files: put texts in it or name another")
+            raise UserError(f"the folder {given} in data.paths holds no files: name one that holds text")
         return sources
     if path.exists():
         if not path.is_file():
-            raise UserError(f"{given} in data.paths is neither a file nor a folder: name a file, folder or pattern")
+            raise UserError(f"{given} in data.paths is neither a file nor a folder: name one of these")
         return [_source(path, True)]
     if not glob.has_magic(given):
         raise UserError(f"{given} in data.paths does not exist: check the spelling and the folder you are in")
-    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # hidden ones do not match
-    sources = [_source(p, False) for p in matches if p.is_file() and not _IGNORED_FOLDERS & {*p.parts} - {*path.parts}]
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # none hidden
+    ignored = _IGNORED_FOLDERS - {*path.parts}
+    sources = [_source(match, False) for match in matches if match.is_file() and not ignored & {*match.parts}]
     if not sources:
         raise UserError(f"no file matches {given} in data.paths: check the pattern and the folder you are in")
     return sources
 
 
 def _walk(top: Path, cache: Path) -> Iterator[Source]:
-    licence = next((p for p in sorted(top.iterdir()) if p.name.lower().startswith(_LICENCES) and p.is_file()), None)
-    named = _shown(licence) if licence else ""
+    licences = [p for p in sorted(top.iterdir()) if p.name.lower().startswith(_LICENCES) and p.is_file()]
+    licence = _shown(licences[0]) if licences else ""
     unreadable: list[OSError] = []
     for folder, inner, files in os.walk(top, onerror=unreadable.append):
         here = Path(folder)
         inner[:] = sorted(name for name in inner if not _ours(here / name, top, cache))
         for name in sorted(files):
             if not name.startswith(".") and os.path.isfile(here / name):
-                yield _source(here / name, False, named)
+                yield _source(here / name, False, licence)
     for error in unreadable:  # its turn to be skipped and named comes when it is read
         yield _source(Path(error.filename), False)
 
@@ -157,7 +161,8 @@ def _ours(folder: Path, top: Path, cache: Path) -> bool:
 
 def _source(path: Path, named: bool, licence: str = "") -> Source:
     state = path.stat()
-    return Source(path, _shown(path), named, state.st_size, state.st_mtime_ns, (state.st_dev, state.st_ino), licence)
+    identity = (state.st_dev, state.st_ino)
+    return Source(path, _shown(path), named, state.st_size, state.st_mtime_ns, identity, licence)
 
 
 def _shown(path: Path) -> str:
@@ -200,7 +205,7 @@ def read(source: Source, column: str, skipped: Skipped, tick: Tick) -> Iterator[
 
 
 def blocks(source: Source, tick: Tick | None = None) -> Iterator[bytes]:
-    """The bytes of a file, unpacked, in blocks of at most a MiB. Raises Broken when it cannot be read or unpacked."""
+    """The bytes of a file, unpacked, in blocks of at most a MiB. Raises Broken."""
     import zlib
 
     unpack = {".gz": _gunzip, ".zst": _unzst, "": _plain}[source.packing]
@@ -213,7 +218,8 @@ def blocks(source: Source, tick: Tick | None = None) -> Iterator[bytes]:
                     tick(file.tell() - last)
                     last = file.tell()
     except (EOFError, zlib.error) as error:
-        raise Broken(f"its {source.packing[1:]} packing is cut short or damaged ({error}): copy or pack it again") from None
+        raise Broken(f"its {source.packing[1:]} packing is cut short or damaged ({error}): "
+                     "copy or pack it again") from None
     except OSError as error:
         raise Broken(f"it cannot be read ({error.strerror or error}): mend it or leave it out") from None
 
@@ -290,7 +296,7 @@ def _csv(source: Source, column: str, skipped: Skipped, tick: Tick) -> Iterator[
     try:
         header = [name.removeprefix("\ufeff") for name in next(rows, [])]
         if column not in header:
-            raise Broken(f"it has no column {column!r} but {', '.join(map(repr, header[:8])) or 'no header'}: set data.field")
+            raise _no_column(column, header)
         place, line = header.index(column), rows.line_num + 1
         for row in rows:
             if len(row) > place:
@@ -322,7 +328,7 @@ def _parquet(source: Source, column: str, skipped: Skipped, tick: Tick) -> Itera
         with parquet.ParquetFile(source.path) as file:
             names = file.schema_arrow.names
             if column not in names:
-                raise Broken(f"it has no column {column!r} but {', '.join(map(repr, names[:8]))}: set data.field")
+                raise _no_column(column, names)
             number, rows = 0, max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=256, columns=[column]):
                 for value in batch.column(0).to_pylist():
@@ -333,7 +339,13 @@ def _parquet(source: Source, column: str, skipped: Skipped, tick: Tick) -> Itera
                         skipped.record(source.name, number, f"{column!r} is not a text")
                 tick(source.bytes * len(batch) // rows)
     except (arrow.ArrowInvalid, arrow.ArrowException, OSError) as error:
-        raise Broken(f"it is not a parquet file ({str(error).splitlines()[0]}): copy or write it again") from None
+        reason = str(error).splitlines()[0]
+        raise Broken(f"it is not a parquet file ({reason}): copy or write it again") from None
+
+
+def _no_column(column: str, columns: list[str]) -> Broken:
+    there = ", ".join(map(repr, columns[:8])) or "no columns at all"
+    return Broken(f"it has no column {column!r} but {there}: set data.field")
 
 
 def _not_binary(block: bytes) -> None:

@@ -1,6 +1,7 @@
 """Train, validation and test, by document."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,8 +19,8 @@ _BLANK = re.compile(rb"\n(?:[ \t\r]*\n)+")
 def by_hash(sizes: Ints, hashes: Hashes, seed: int, validation: float, test: float) -> Parts:
     """The documents with the lowest hash of (seed, text) are held out until the shares (of bytes) are met.
 
-    A document's side hardly depends on the others. One larger than a whole share is not held out while a smaller
-    one is there. Raises UserError when there are fewer documents than splits.
+    A document's side hardly depends on the others. One larger than a whole share is not held out while a
+    smaller one is there. Raises UserError when there are fewer documents than splits.
     """
     _enough(len(sizes), test)
     order = np.argsort(mix(hashes ^ mix(np.array([seed % (1 << 64)], np.uint64))), kind="stable")
@@ -49,16 +50,17 @@ def by_place(sizes: Ints, validation: float, test: float) -> Parts:
 
 
 def cut_by_place(corpus: Corpus, validation: float, test: float) -> tuple[Corpus, Parts]:
-    """One text of n characters cut in order: int(n (1 - validation - test)) train, to int(n (1 - test)) validation.
+    """One text of n characters cut in order: train to int(n (1 - validation - test)), then validation to
+    int(n (1 - test)), then test.
 
     Raises UserError when a part would be empty.
     """
     total = sum(len(text) for batch in corpus.batches() for text in batch.texts())
     cuts = [0, int(total * round(1 - validation - test, 9)), int(total * (1 - test)), total]
     cuts = cuts if test else cuts[:3]
-    if any(a >= b for a, b in zip(cuts, cuts[1:], strict=False)):
-        raise UserError(f"the corpus is one text of {total} characters, too short for data.validation = {validation:g} "
-                        f"and data.test = {test:g}: add text or raise the shares")
+    if any(a >= b for a, b in pairwise(cuts)):
+        raise UserError(f"the corpus is one text of {total} characters, too short for data.validation = "
+                        f"{validation:g} and data.test = {test:g}: add text or raise the shares")
     places = _bytes_at(corpus, cuts)
     parts = corpus.subset(np.zeros(len(cuts) - 1, np.int64))
     parts.begins[:], parts.ends[:] = places[:-1], places[1:]
@@ -101,6 +103,7 @@ def _bytes_at(corpus: Corpus, characters: list[int]) -> Ints:
 def _enough(documents: int, test: float) -> None:
     if documents < (3 if test else 2):
         names = "train, validation and test" if test else "train and validation"
-        raise UserError(f"the corpus has {documents} document{'s' * (documents != 1)}, too few for {names}: add "
-                        'documents, cut them smaller (data.document = "paragraph" or "line"), or hold out the last '
-                        'part of a single text (data.split = "tail")')
+        many = f"{documents} document{'s' * (documents != 1)}"
+        raise UserError(f"the corpus has {many}, too few for {names}: add documents, cut them smaller "
+                        '(data.document = "paragraph" or "line"), or hold out the last part of a single text '
+                        '(data.split = "tail")')

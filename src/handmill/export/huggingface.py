@@ -78,7 +78,7 @@ def compare_folder(model: Model, folder: Path, windows: Tensor) -> dict[str, Any
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for text in texts:
         if theirs(text, verbose=False)["input_ids"] != [model.codec.end, *map(int, model.codec.encode(text))]:
-            raise UserError(f"the exported tokenizer does not cut this text as the trained one does: {text!r}")
+            raise UserError(f"the exported tokenizer does not cut this text as the trained one: {text!r}")
     return figures | {"compared_with": f"transformers {transformers.__version__}",
                       "characters_encoded": sum(map(len, texts))}
 

@@ -28,7 +28,7 @@ class Sampling:
     min_p: float = 0.0  # least probability of a token, as a share of the likeliest one's
     repetition_penalty: float = 1.0  # above 1: tokens already in the text become less likely
     max_tokens: int = 256  # new tokens a sample
-    stop: tuple[str, ...] = ()  # a sample ends before the first of these strings
+    stop: tuple[str, ...] = ()  # a sample ends before the one of these strings that is complete first
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -38,7 +38,8 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p} must be above 0 and at most 1")
         within(self, 0.0, 1.0, "min_p")
-        positive(self, "repetition_penalty", "max_tokens")
+        within(self, 0.1, 10.0, "repetition_penalty")
+        positive(self, "max_tokens")
         if "" in self.stop:
             raise UserError("stop holds an empty string: leave it out, or name the text that ends a sample")
 
@@ -78,10 +79,10 @@ class Text:
         if self.stopped:
             return ""
         text = self.held + new
-        found = [at for at in map(text.find, self.stop) if at >= 0]
-        if found:
+        found = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
+        if found:  # the first to be complete, so that it does not matter how tokens cut the text
             self.stopped, self.held = True, ""
-            return text[:min(found)]
+            return text[:min(found)[1]]
         keep = max((_overlap(text, stop) for stop in self.stop), default=0)
         shown, self.held = text[:len(text) - keep], text[len(text) - keep:]
         return shown

@@ -1,13 +1,12 @@
 """The autoregressive family's objective: the negative log-likelihood of each token given those before it.
 
-N sequences, T context, V vocabulary. Losses are in nats.
+N sequences, T context. Losses are in nats.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from handmill.data.windows import Windows, in_turn
 from handmill.recipe import Recipe
@@ -20,9 +19,9 @@ EVALUATED_AT_ONCE = 8192  # tokens
 
 def loss(network: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the loss over the tokens of `batch` (N, T + 1), and how many there are."""
-    logits, _ = network(batch[:, :-1])  # (N, T, V)
-    targets = batch[:, 1:].reshape(-1)  # (N*T,)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum"), torch.tensor(targets.numel())
+    targets = batch[:, 1:]  # (N, T)
+    total, _ = network(batch[:, :-1], targets=targets)
+    return total, torch.tensor(targets.numel())
 
 
 def evaluate(network: nn.Module, windows: Tensor) -> tuple[float, float]:

@@ -57,7 +57,7 @@ def filtered(logits: Tensor, seen: Tensor, *, temperature: float, k: int, p: flo
     if temperature == 0:
         best = logits.argmax(-1, keepdim=True)  # (B, 1)
         return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # no temperature, however low, overflows
     if k:
         logits = top_k(logits, k)
     if p < 1:

@@ -1,4 +1,4 @@
-"""Text to tokens and back: characters, bytes, or byte-pair encoding learnt from the data (Sennrich et al. 2016).
+"""Text to tokens and back: characters, bytes, or byte pairs learnt from the data (Sennrich et al. 2016).
 
     character  0 = end, 1 = unknown, then the characters of the training text in order of code point
     byte       0..255 = the byte, 256 = end
@@ -15,6 +15,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 _WORDS_KEPT = 1 << 19  # distinct words whose tokens are remembered
 _LONG = 64  # bytes; longer words are merged with a heap
 _NEVER = 1 << 62
+_HALVES = frozenset(map(chr, range(0xD800, 0xE000)))  # of surrogate pairs
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,11 @@ class BPESettings:
     def __post_init__(self) -> None:
         positive(self, "sample")
         if not 257 <= self.vocabulary <= 1_000_000:
-            raise UserError(f"vocabulary = {self.vocabulary} must lie between 257 (the bytes and end) and 1000000")
+            raise UserError(f"vocabulary = {self.vocabulary} must lie between 257 and 1000000")
 
 
 class Tokenizer:
-    """Text to tokens and back. `token_bytes[t]` are the UTF-8 bytes that token t stands for, b"" for `end`."""
+    """Text to tokens and back. `token_bytes[t]` are the UTF-8 bytes of token t, b"" those of `end`."""
 
     def __init__(self, kind: str, alphabet: str = "", merges: Sequence[tuple[int, int]] = ()) -> None:
         self.kind, self.alphabet, self.merges = kind, alphabet, list(merges)
@@ -94,12 +96,12 @@ class Tokenizer:
         if self.kind == "byte":
             joined = b"".join(b"\xff" + text.encode("utf-8", "replace") for text in texts)
             values = np.frombuffer(joined, np.uint8).astype(self.dtype)
-            return np.where(values == 0xFF, self.dtype.type(self.end), values)  # no UTF-8 text holds the byte 255
+            return np.where(values == 0xFF, self.dtype.type(self.end), values)  # no UTF-8 text holds byte 255
         with self._lock:  # the table of words grows while it is used
             return self._words.pack(texts).astype(self.dtype)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens. `end` is no text; bytes that are not UTF-8, and unknown characters, read U+FFFD."""
+        """The text of tokens. `end` is no text; unknown characters and what is not UTF-8 are U+FFFD."""
         return b"".join([self.token_bytes[int(token)] for token in tokens]).decode("utf-8", "replace")
 
     def characters(self, tokens: Iterable[int]) -> int:
@@ -115,7 +117,8 @@ class Tokenizer:
         if self.kind == "bpe":
             content |= {"pattern": PATTERN, "merges": self.merges}
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, ensure_ascii=False) + "\n"
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
 
     def _pack_characters(self, texts: Sequence[str]) -> Tokens:
         # a lone surrogate cannot be in a clean text, so U+D800 marks the ends
@@ -136,7 +139,8 @@ def load(settings: Any, folder: Path) -> Tokenizer:
     except FileNotFoundError:
         raise UserError(f"{file} is missing: copy the folder again from where it was made") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not a tokenizer ({error}): copy the folder again from where it was made") from None
+        raise UserError(f"{file} is not a tokenizer ({error}): "
+                        "copy the folder again from where it was made") from None
     if settings is not None and settings.kind != kind:
         raise UserError(f"{file} holds a {kind} tokenizer but the recipe says codec.kind = {settings.kind!r}")
     return Tokenizer(kind, alphabet, merges)
@@ -167,13 +171,14 @@ def split(text: str) -> list[str]:
 
 
 def count_words(texts: Iterable[str]) -> Counter[bytes]:
-    """How often each word occurs. The rarest are forgotten when there are too many, so that memory stays bounded."""
+    """How often each word occurs. The rarest are forgotten when there are too many: memory stays bounded."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(split(text))
         if len(counts) > _WORDS_KEPT:
             counts = Counter(dict(counts.most_common(_WORDS_KEPT // 2)))
-    return Counter({word.encode("utf-8", "replace"): count for word, count in counts.most_common(_WORDS_KEPT // 2)})
+    kept = counts.most_common(_WORDS_KEPT // 2)
+    return Counter({word.encode("utf-8", "replace"): count for word, count in kept})
 
 
 class _Words(dict[str | None, int]):
@@ -203,7 +208,8 @@ class _Words(dict[str | None, int]):
         begins, lengths = bounds[numbers], np.diff(bounds)[numbers]
         before = np.cumsum(lengths) - lengths
         places = np.arange(lengths.sum()) + np.repeat(begins - before, lengths)  # (T,)
-        return np.frombuffer(self.tokens, np.uint32)[places]
+        tokens: npt.NDArray[np.uint32] = np.frombuffer(self.tokens, np.uint32)[places]
+        return tokens
 
     def _forget(self) -> None:
         self.clear()
@@ -211,12 +217,12 @@ class _Words(dict[str | None, int]):
 
 
 def merge(word: bytes, ranks: dict[tuple[int, int], int]) -> list[int]:
-    """The tokens of one word: again and again the neighbours that were merged first in training become one."""
+    """The tokens of one word: again and again the neighbours merged first in training become one."""
     if len(word) > _LONG:
         return _merge_long(word, ranks)
     ids = list(word)
     while len(ids) > 1:
-        found = [ranks.get(pair, _NEVER) for pair in zip(ids, ids[1:], strict=False)]
+        found = [ranks.get(pair, _NEVER) for pair in pairwise(ids)]
         rank = min(found)
         if rank == _NEVER:
             break
@@ -230,7 +236,7 @@ def _merge_long(word: bytes, ranks: dict[tuple[int, int], int]) -> list[int]:
     from heapq import heapify, heappop, heappush
 
     ids, after, before = list(word), list(range(1, len(word) + 1)), list(range(-1, len(word) - 1))
-    heap = [(rank, i) for i, pair in enumerate(zip(ids, ids[1:], strict=False)) if (rank := ranks.get(pair)) is not None]
+    heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
     heapify(heap)
     while heap:
         rank, left = heappop(heap)
@@ -241,8 +247,8 @@ def _merge_long(word: bytes, ranks: dict[tuple[int, int], int]) -> list[int]:
         if after[left] < len(ids):
             before[after[left]] = left
         for i in (before[left], left):
-            if i >= 0 and after[i] < len(ids) and (new := ranks.get((ids[i], ids[after[i]]))) is not None:
-                heappush(heap, (new, i))
+            if i >= 0 and after[i] < len(ids) and (pair := (ids[i], ids[after[i]])) in ranks:
+                heappush(heap, (ranks[pair], i))
     return [token for token in ids if token >= 0]
 
 
@@ -278,7 +284,7 @@ def _checked(content: Any) -> tuple[str, str, list[tuple[int, int]]]:
     kind, alphabet, merges = content.get("kind"), content.get("alphabet", ""), content.get("merges", [])
     if kind not in ("character", "byte", "bpe"):
         raise ValueError(f"kind {kind!r} is not known")
-    if not isinstance(alphabet, str) or list(alphabet) != sorted(set(alphabet)) or re.search("[\ud800-\udfff]", alphabet):
+    if not isinstance(alphabet, str) or list(alphabet) != sorted(set(alphabet) - _HALVES):
         raise ValueError("its alphabet is not a sorted text of distinct characters")
     if kind == "bpe" and content.get("pattern") != PATTERN:
         raise ValueError("its pattern is not this version's")
@@ -289,6 +295,7 @@ def _checked_merges(merges: Any) -> Iterator[tuple[int, int]]:
     if not isinstance(merges, list):
         raise ValueError("its merges are not a list")
     for rank, pair in enumerate(merges):
-        if not isinstance(pair, list) or len(pair) != 2 or not all(type(x) is int and 0 <= x < 256 + rank for x in pair):
+        earlier = isinstance(pair, list) and [x for x in pair if type(x) is int and 0 <= x < 256 + rank]
+        if not earlier or len(earlier) != len(pair) or len(pair) != 2:
             raise ValueError(f"merge {rank} is not a pair of earlier tokens")
         yield pair[0], pair[1]

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from handmill.errors import UserError
-from handmill.networks.layers import LayerNorm, RMSNorm, attend, relu_squared, rotary_table, rotate
+from handmill.networks.layers import (
+    LayerNorm,
+    RMSNorm,
+    attend,
+    linear_cross_entropy,
+    relu_squared,
+    rotary_table,
+    rotate,
+)
 from handmill.recipe import positive, within
 
 
@@ -168,8 +176,12 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding.weight
         self._initialise()
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(self, tokens: Tensor, state: State | None = None,
+                targets: Tensor | None = None) -> tuple[Tensor, State]:
+        """With `targets` (B, T), the summed loss in nats stands in the place of the logits."""
         x, state = self.features(tokens, state)  # (B, T, C)
+        if targets is not None:
+            return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten()), state
         return self.head(x), state  # (B, T, V)
 
     def features(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:

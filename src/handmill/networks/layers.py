@@ -1,6 +1,7 @@
 """Layers that several networks share, and the forms of them that are fast on a CPU.
 
-B batch, T time, S positions to look at, C channels, H heads, K key/value heads, D head width.
+B batch, T time, S positions to look at, C channels, H heads, K key/value heads, D head width,
+V vocabulary, N positions of a batch in one row.
 """
 
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+ROWS_AT_ONCE = 256  # of logits, in the loss
 EXPLICIT_UP_TO = 128  # positions; below this, a CPU trains faster through plain bf16 products than through its flash kernel
 
 
@@ -64,6 +66,17 @@ def relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum over N of -log softmax(weight x)[target]: x (N, C), weight (V, C), targets (N,) int64; in nats, fp32.
+
+    The logits are made and turned into their own gradient a few rows at a time, so no (N, V) tensor in fp32 exists.
+    """
+    if torch.compiler.is_compiling():
+        return F.cross_entropy((x @ weight.T).float(), targets, reduction="sum")
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets)
+    return loss
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
     """softmax(scale q k^T) v for q (B, H, T, D) and k, v (B, K, S, D); causal where no mask is given.
 
@@ -106,6 +119,33 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
         return _turn(grad, cos, -sin), None, None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """d loss / d logits = softmax(logits) - onehot(targets), known as soon as the logits are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        loss = x.new_zeros((), dtype=torch.float32)
+        gradient = x.new_empty(x.shape[0] if wanted else 0, weight.shape[0])  # (N, V)
+        for start in range(0, x.shape[0], ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            logits = (x[rows] @ weight.T).float()  # (R, V); from here on in place
+            top, right = logits.amax(-1, keepdim=True), targets[rows, None]  # (R, 1)
+            loss -= (logits.gather(1, right) - top).sum()
+            total = logits.sub_(top).exp_().sum(-1, keepdim=True)  # (R, 1)
+            loss += total.log().sum()
+            if wanted:
+                gradient[rows] = logits.div_(total).scatter_add_(1, right, -torch.ones_like(total))
+        if wanted:
+            ctx.save_for_backward(x, weight, gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight, gradient = ctx.saved_tensors  # (N, C), (V, C), (N, V)
+        return (gradient @ weight).mul_(grad.to(x.dtype)), (gradient.T @ x).mul_(grad.to(x.dtype)), None
 
 
 class _ReluSquared(torch.autograd.Function):

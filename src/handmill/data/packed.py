@@ -1,0 +1,138 @@
+"""A prepared corpus on disk: tokens packed one document after another, read through a memory map.
+
+    data.json                      format, fingerprint, type of the tokens, what each split holds
+    codec/tokenizer.json           the tokenizer
+    {train,validation,test}.tokens uint16 or uint32, little-endian; every document is `end` and its tokens
+    {train,...}.starts.npy         int64, the place of each document's leading `end`
+    manifest.json  report.json     the sources, and what was found in them
+"""
+
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from handmill.data.corpus import Ints
+from handmill.data.splits import NAMES
+from handmill.errors import UserError
+from handmill.media.tokenizers import Tokenizer, Tokens, load
+
+FORMAT = "handmill-data/1"
+
+
+class Packed:
+    """A prepared corpus. Opening it reads data.json and nothing else."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self.folder, self.about = folder, about
+        self.fingerprint: str = about["fingerprint"]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Packed":
+        """Open a prepared folder. A split's file may be missing until it is asked for. Raises UserError."""
+        folder = Path(folder)
+        about = _read_json(folder / "data.json")
+        if about.get("format") != FORMAT or about.get("dtype") not in ("uint16", "uint32"):
+            raise UserError(f"{folder / 'data.json'} is not of the format {FORMAT}: prepare the data again")
+        return cls(folder, about)
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        return _read_json(self.folder / "report.json")
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        return _read_json(self.folder / "manifest.json")
+
+    def count(self, split: str) -> int:
+        """How many tokens a split has."""
+        return int(self.about["splits"][split]["tokens"])
+
+    def documents(self, split: str) -> int:
+        """How many documents a split has."""
+        return int(self.about["splits"][split]["documents"])
+
+    def tokens(self, split: str) -> Tokens:
+        """The tokens of "train", "validation" or "test", memory-mapped: (tokens,), uint16 or uint32.
+
+        Raises UserError when they are missing or damaged.
+        """
+        dtype = np.dtype(self.about["dtype"]).newbyteorder("<")
+        if not self.count(split):
+            return np.zeros(0, dtype)
+        file = self._whole(f"{split}.tokens", self.count(split) * dtype.itemsize)
+        return np.memmap(file, dtype, "r")
+
+    def starts(self, split: str) -> Ints:
+        """The place of each document's leading `end`: (documents,) int64. Raises UserError as `tokens`."""
+        file = self._whole(f"{split}.starts.npy", None)
+        try:
+            starts: Ints = np.load(file, mmap_mode="r" if self.documents(split) else None, allow_pickle=False)
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({error}): prepare the data again") from None
+        return starts
+
+    def codec(self) -> Tokenizer:
+        """The tokenizer, here or beside this folder as in a model folder. Raises UserError."""
+        inside = self.folder / "codec"
+        return load(None, inside if inside.is_dir() else self.folder.parent / "codec")
+
+    def complete(self) -> bool:
+        """Whether every file is there in its size."""
+        try:
+            for split in NAMES:
+                self.tokens(split)
+                if len(self.starts(split)) != self.documents(split):
+                    return False
+            return bool(self.report and self.manifest and self.codec())
+        except UserError:
+            return False
+
+    def _whole(self, name: str, size: int | None) -> Path:
+        file = self.folder / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing: prepare the data again, or copy the whole folder")
+        if size is not None and file.stat().st_size != size:
+            raise UserError(f"{file} is not {size} bytes long as it was written: prepare the data again")
+        return file
+
+
+def write_split(folder: Path, split: str, codec: Tokenizer,
+                texts: Iterable[tuple[list[str], bool]]) -> dict[str, int]:
+    """Write a split's tokens and starts; returns what data.json says of it.
+
+    `texts` are whole documents, or one piece of a long one and True where it goes on from the one before.
+    """
+    about = {"documents": 0, "tokens": 0, "bytes": 0, "characters": 0, "unknown": 0}
+    starts = [np.zeros(0, np.int64)]
+    with (folder / f"{split}.tokens").open("wb") as file:
+        for documents, continued in texts:
+            tokens = codec.encode(documents[0]) if continued else codec.pack(documents)
+            starts.append(np.flatnonzero(tokens == codec.end) + about["tokens"])
+            file.write(tokens.astype(tokens.dtype.newbyteorder("<"), copy=False).data)
+            about["tokens"] += len(tokens)
+            about["documents"] += len(starts[-1])
+            about["characters"] += sum(map(len, documents))
+            if codec.unknown is not None:
+                about["unknown"] += int((tokens == codec.unknown).sum())
+    np.save(folder / f"{split}.starts.npy", np.concatenate(starts))
+    return about
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: name a whole folder of prepared data") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): prepare the data again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a table: prepare the data again")
+    return value

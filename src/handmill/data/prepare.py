@@ -1,0 +1,198 @@
+"""From sources to packed tokens: read and clean, compare, split, learn the tokenizer, pack; then one rename.
+
+The text goes through a temporary file beside the result; in memory there are a few numbers a document.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from handmill.data import duplicates, overlap, splits
+from handmill.data.corpus import Corpus, Ints, Tick
+from handmill.data.ingest import ingest
+from handmill.data.packed import FORMAT, Packed, write_json, write_split
+from handmill.data.progress import Bar
+from handmill.data.report import compose
+from handmill.data.sources import Source, find
+from handmill.data.splits import Parts
+from handmill.errors import UserError
+from handmill.media import tokenizers
+from handmill.media.tokenizers import Tokenizer
+from handmill.recipe import Recipe
+
+_THRESHOLD = 0.8  # Jaccard similarity of the overlap check where near duplicates are kept
+_EXAMPLES = 20  # duplicates named in the report
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Packed:
+    """The prepared corpus in `cache`/<fingerprint>, made there if it is not whole. Raises UserError."""
+    cache = Path(cache)
+    sources = find(recipe.data.paths, cache)
+    mark = fingerprint(recipe, sources)
+    folder = cache / mark
+    if not _whole(folder):
+        with _staged(folder) as work:
+            _make(recipe, sources, mark, work, progress)
+    return Packed.open(folder)
+
+
+def fingerprint(recipe: Recipe, sources: list[Source]) -> str:
+    """16 hexadecimal digits of all that prepared data depend on; a changed file shows by its size or time."""
+    parts = [FORMAT, dataclasses.asdict(recipe.data), dataclasses.asdict(recipe.codec), recipe.seed,
+             [(source.name, source.bytes, source.modified) for source in sources]]
+    return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        return Packed.open(folder).complete()
+    except UserError:
+        return False
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A folder beside the final one that is renamed to it when all went well, and removed when not."""
+    work = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        work.mkdir()
+        yield work
+        for path in [*work.rglob("*"), work]:
+            _sync(path)
+        _put(work, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise _said(error, folder.parent) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _put(work: Path, folder: Path) -> None:
+    if not _whole(folder):  # another process may have been faster
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what runs for the same data left that were killed."""
+    for left in folder.parent.glob(f"{folder.name}.tmp-*"):
+        try:
+            os.kill(int(left.name.rpartition("-")[2]), 0)
+        except (ProcessLookupError, ValueError):
+            shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:
+            pass  # it lives
+
+
+def _said(error: OSError, cache: Path) -> UserError:
+    if error.errno in _FULL:
+        return UserError(f"the disk that holds {cache} is full: free about three times the unpacked size of "
+                         "the corpus there, or train in a folder on another disk")
+    return UserError(f"prepared data cannot be written to {cache} ({error.strerror or error}): "
+                     "make the folder writable or train in another one")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make(recipe: Recipe, sources: list[Source], mark: str, work: Path, progress: bool) -> None:
+    """Fill the work folder."""
+    began = time.perf_counter()
+    data, scratch = recipe.data, work / "scratch"
+    scratch.mkdir()
+    with Bar("1/4 reading", sum(source.bytes for source in sources), progress) as bar:
+        corpus, notes = ingest(sources, data, scratch, bar.tick)
+    notes.bytes, notes.read = int(corpus.sizes.sum()), len(corpus)
+    if len(corpus) == 1 and data.split == "hash":
+        corpus = splits.cut_in_blocks(corpus)
+        notes.remarks.append(f"the single text was cut at blank lines into {len(corpus)} documents")
+    with Bar("2/4 comparing", 2 * notes.bytes, progress) as bar:
+        threshold = data.near_duplicates or _THRESHOLD
+        signed = duplicates.sign(corpus, scratch / "bands", threshold, bar.tick)
+        kept, copies = _unique(corpus, signed, data.near_duplicates, sources)
+        cut, parts = _split(corpus, kept, signed, recipe)
+        seen = overlap.check(cut, parts, signed if cut is corpus else None, threshold, bar.tick)
+    with Bar("3/4 tokenizer", int(cut.sizes[parts["train"]].sum()), progress) as bar:
+        codec = tokenizers.train(recipe.codec, _sample(cut, parts["train"], recipe.codec, bar.tick))
+        codec.save(work / "codec")
+    with Bar("4/4 packing", int(cut.sizes.sum()), progress) as bar:
+        about = {name: _pack(cut, parts[name], work, name, codec, bar.tick) for name in splits.NAMES}
+    report = compose(recipe, notes, cut, parts, about, codec, work, sources)
+    shutil.rmtree(scratch)
+    seconds = time.perf_counter() - began
+    report |= {"duplicates": copies, "overlap": seen, "seconds": round(seconds, 3),
+               "megabytes_per_second": round(notes.bytes / 1e6 / seconds, 3)}
+    write_json(work / "report.json", report)
+    write_json(work / "manifest.json", {"format": FORMAT, "fingerprint": mark, "licence": data.licence,
+                                        "sources": notes.manifest, "left_out": notes.skipped.first})
+    write_json(work / "data.json", {
+        "format": FORMAT, "fingerprint": mark, "dtype": codec.dtype.name, "size": codec.size,
+        "end": codec.end, "codec": dataclasses.asdict(recipe.codec), "splits": about})
+
+
+def _unique(corpus: Corpus, signed: duplicates.Signed, threshold: float,
+            sources: list[Source]) -> tuple[Ints, dict[str, Any]]:
+    """The documents that are not copies of earlier ones, and what the report says of the copies."""
+    first = duplicates.exact_duplicates(signed.exact)
+    alive = first == np.arange(len(corpus))
+    exact = np.flatnonzero(~alive)
+    examples = [(document, int(first[document]), 1.0) for document in exact[:_EXAMPLES].tolist()]
+    dropped: dict[int, int] = {}
+    if threshold:
+        dropped, links = duplicates.near_duplicates(corpus, signed, alive, threshold)
+        dropped = {document: root for document, root in dropped.items() if document != root}
+        alive[list(dropped)] = False
+        examples += [(max(a, b), min(a, b), jaccard) for a, b, jaccard in links[:_EXAMPLES]]
+
+    def name(document: int) -> str:
+        return f"{sources[corpus.sources[document]].name}:{corpus.lines[document]}"
+
+    return np.flatnonzero(alive), {
+        "exact": len(exact), "near": len(dropped), "jaccard": threshold,
+        "first": [{"copy": name(a), "of": name(b), "jaccard": round(j, 3)} for a, b, j in examples]}
+
+
+def _split(corpus: Corpus, kept: Ints, signed: duplicates.Signed, recipe: Recipe) -> tuple[Corpus, Parts]:
+    """The documents of each split; the corpus is another one only where a single text was cut by place."""
+    data, sizes = recipe.data, corpus.sizes[kept]
+    if data.split == "tail" and len(kept) == 1:
+        return splits.cut_by_place(corpus.subset(kept), data.validation, data.test)
+    if data.split == "tail":
+        parts = splits.by_place(sizes, data.validation, data.test)
+    else:
+        parts = splits.by_hash(sizes, signed.exact[kept, 0], recipe.seed, data.validation, data.test)
+    return corpus, {name: kept[numbers] for name, numbers in parts.items()}
+
+
+def _sample(corpus: Corpus, train: Ints, settings: Any, tick: Tick) -> Iterator[str]:
+    """The training split's text, or for BPE every n-th batch of it so that it comes to about `sample` MB."""
+    step = 1
+    if settings.kind == "bpe":
+        step = -(-int(corpus.sizes[train].sum()) // (settings.sample * 1_000_000))
+    for number, batch in enumerate(corpus.batches(train, tick)):
+        if number % step == 0:
+            yield from batch.texts()
+
+
+def _pack(corpus: Corpus, chosen: Ints, work: Path, split: str, codec: Tokenizer,
+          tick: Tick) -> dict[str, int]:
+    texts = ((batch.texts(), batch.continued) for batch in corpus.batches(chosen, tick))
+    return write_split(work, split, codec, texts) | {"bytes": int(corpus.sizes[chosen].sum())}

@@ -1,0 +1,107 @@
+"""The loss curve of a run as a picture, drawn from metrics.jsonl."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+_TRAIN, _VALIDATION, _QUIET = "#2f6f9f", "#d1622b", "#8a8f98"
+_WINDOWS = 50  # the smoothed line averages about this share of the run: 1/50
+
+Series = NDArray[np.float64]
+
+
+def draw(metrics: Path, png: Path) -> None:
+    """Draw training loss (raw pale, smoothed dark), validation loss and learning rate over the steps.
+
+    `metrics` holds one JSON object a line: step, loss, rate, and where measured validation_loss; losses in nats
+    per token. A line cut short by a crash is passed over; without any line the picture says so.
+    """
+    rows = read(metrics)
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e7e9ec", linewidth=0.8)
+        axes.set_axisbelow(True)
+    _losses(top, rows)
+    _rates(bottom, rows)
+    figure.align_ylabels()
+    figure.savefig(png)
+
+
+def read(metrics: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl by rising step; lines of one step are joined, the later value standing."""
+    rows: dict[int, dict[str, Any]] = {}
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.setdefault(row["step"], {}).update(row)
+    return [rows[step] for step in sorted(rows)]
+
+
+def column(rows: list[dict[str, Any]], key: str) -> tuple[Series, Series]:
+    """Steps and values of the rows that hold a finite number at `key`, both (N,)."""
+    pairs = [(row["step"], row[key]) for row in rows
+             if isinstance(row.get(key), (int, float)) and np.isfinite(row[key])]
+    steps, values = zip(*pairs, strict=True) if pairs else ((), ())
+    return np.array(steps, np.float64), np.array(values, np.float64)
+
+
+def smoothed(values: Series) -> Series:
+    """Means of the values around each, over about 1/50 of the run, fewer at its ends; (N,)."""
+    half = max(1, len(values) // (2 * _WINDOWS))
+    total = np.concatenate(([0.0], np.cumsum(values)))
+    place = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(place, len(values) - 1 - place))
+    mean: Series = (total[place + reach + 1] - total[place - reach]) / (2 * reach + 1)
+    return mean
+
+
+def _losses(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    steps, losses = column(rows, "loss")
+    at, validation = column(rows, "validation_loss")
+    axes.set_ylabel("loss, nats per token")
+    if not len(steps):
+        axes.set_title("no loss recorded yet", loc="left", fontsize=11)
+        return
+    axes.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=0.8)
+    line = smoothed(losses)
+    axes.plot(steps, line, color=_TRAIN, linewidth=1.8, label=f"training {line[-1]:.3f}")
+    if len(at):
+        axes.plot(at, validation, color=_VALIDATION, linewidth=1.2, marker="o", markersize=4, clip_on=False,
+                  label=f"validation {validation[-1]:.3f}, lowest {validation.min():.3f}")
+    _limit(axes, losses, validation)
+    final = f"validation {validation[-1]:.3f}" if len(at) else f"training {line[-1]:.3f}"
+    axes.set_title(f"{final} nats per token after {steps[-1]:,.0f} steps", loc="left", fontsize=11)
+    axes.legend(frameon=False, loc="upper right")
+
+
+def _limit(axes: Axes, losses: Series, validation: Series) -> None:
+    """Leave spikes out of the picture, so that the end of the run, where losses differ little, keeps its room."""
+    shown = np.concatenate((losses, validation))
+    low, high = shown.min(), max(float(np.quantile(shown, 0.995)), float(losses[0]))
+    room = 0.05 * (high - low) or 0.5
+    axes.set_ylim(low - room, high + room)
+
+
+def _rates(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    steps, rates = column(rows, "rate")
+    axes.plot(steps, rates, color=_QUIET, linewidth=1.4)
+    axes.set_ylabel("rate, share\nof its peak", fontsize=8)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+    axes.set_ylim(0, 1.05)
+    axes.set_yticks([0, 1])
+    if len(rows) > 1:
+        axes.set_xlim(rows[0]["step"], rows[-1]["step"])
