@@ -9,6 +9,7 @@ B batch, T time, C channels, V vocabulary.
 import math
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,7 +42,8 @@ class GPT(nn.Module):
         self.head.weight = self.tokens.weight
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * layers) if name.endswith(("out.weight", "down.weight")) else 1))
+                last = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if last else 0.02)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
         h = self.tokens(x) + self.places(torch.arange(x.shape[1]))
@@ -78,7 +80,7 @@ def full_loss(model: nn.Module, data: Tensor, context: int) -> float:
 def main(path: str, steps: int = 2000, batch: int = 12, context: int = 64) -> None:
     start = time.perf_counter()
     torch.manual_seed(1337)
-    text = open(path, encoding="utf-8").read()
+    text = Path(path).read_text(encoding="utf-8")
     letters = sorted(set(text))
     table = {c: i for i, c in enumerate(letters)}
     data = torch.from_numpy(np.array([table[c] for c in text]))

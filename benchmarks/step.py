@@ -2,7 +2,8 @@
 
     python benchmarks/step.py [--seconds 20] [--only small|124m]
 
-small: 4 layers, 128 wide, context 64, batch 32, 67 tokens in the vocabulary. 124m: GPT-2's smallest shape, 4 x 512 tokens.
+small: 4 layers, 128 wide, context 64, batch 32, 67 tokens in the vocabulary.
+124m: GPT-2's smallest shape, 4 x 512 tokens.
 Both sides do a whole step: forward, backward, clipping, optimizer. Medians over steps of alternating rounds.
 """
 
@@ -33,13 +34,15 @@ SHAPES = {
 }
 
 
-def our_step(settings: Settings, vocabulary: int, batch: int, precision: str, folder: Path) -> tuple[Callable[[], None], Task]:
+def our_step(settings: Settings, vocabulary: int, batch: int, precision: str,
+             folder: Path) -> tuple[Callable[[], None], Task]:
     torch.manual_seed(1)
     network = Decoder(settings, vocabulary)
     training = Training(steps=10**6, batch=batch, evaluate_every=10**6, save_every=10**6)
     data = torch.randint(vocabulary, (batch, settings.context + 1))
     phase = Phase("network", network, next_token.loss, lambda b: b[:, 1:].numel(), optimizers(network, training))
-    task = Task([phase], lambda places: data, lambda m: (0.0, 1.0), lambda m: "", settings.context, network.flops_per_token())
+    task = Task([phase], lambda places: data, lambda m: (0.0, 1.0), lambda m: "", settings.context,
+                network.flops_per_token())
     run = Run(task, training, 1, folder, CPU, Monitor(folder, quiet=True), Choices(precision=precision))
     return run.step, task
 

@@ -49,7 +49,8 @@ def test_damage_falls_back(tmp_path: Path, name: str, damage: str) -> None:
     elif damage == "remove":
         file.unlink()
     else:
-        checkpoint.save(tmp_path / "other", 7, {"network": {"w": torch.zeros(3)}, "optimizer": {"x": torch.zeros(2)}}, {}, 2)
+        parts = {"network": {"w": torch.zeros(3)}, "optimizer": {"x": torch.zeros(2)}}
+        checkpoint.save(tmp_path / "other", 7, parts, {}, 2)
         shutil.copy(tmp_path / "other" / "step-7" / name, file)
     step, passed = loaded_step(tmp_path)
     assert step == 1
@@ -79,7 +80,7 @@ def test_all_broken_is_an_error(tmp_path: Path) -> None:
     save_two(tmp_path)
     for step in (1, 2):
         (tmp_path / f"step-{step}" / "facts.json").write_text("{}")
-    with pytest.raises(UserError, match="no checkpoint .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint .* is whole"):
         checkpoint.load(tmp_path)
 
 

@@ -23,7 +23,8 @@ SHAPES = {
     "gpt2 without gain": dataclasses.replace(GPT2, gain=False, bias=False, attention_scale=0.1),
     "llama": LLAMA, "llama tied": dataclasses.replace(LLAMA, tied=True),
     "llama with bias": dataclasses.replace(LLAMA, bias=True, kv_heads=0, attention_scale=0.5),
-    "default": DEFAULT, "scaled": dataclasses.replace(DEFAULT, norm="layer", gain=False, attention_scale=0.35),
+    "default": DEFAULT,
+    "scaled": dataclasses.replace(DEFAULT, norm="layer", gain=False, attention_scale=0.35),
 }
 VOCABULARY = 61
 

@@ -11,25 +11,26 @@ from handmill.media import tokenizers
 from handmill.networks import build
 
 TEXT = ("The quick brown fox jumps over the lazy dog. Ünïcödé → “quoted” 北京 🙂\n"
-        "Twelve wet cats sat on 34 mats, and 567 bats ate the rest!\n\n    indented = {'a': [1, 2]}\t# tab\n") * 8
-DEFAULT: dict[str, Any] = {"kind": "decoder", "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "context": 48}
-GPT2 = {"kind": "decoder", "layers": 2, "width": 32, "heads": 4, "context": 48, "norm": "layer",
-        "positions": "learned", "activation": "gelu", "qk_norm": False, "tied": True, "bias": True}
+        "Twelve wet cats sat on 34 mats, 567 bats ate the rest!\n\n  indented = {'a': [1, 2]}\t# tab\n") * 8
+DEFAULT: dict[str, Any] = {"kind": "decoder", "layers": 2, "width": 32, "heads": 4, "kv_heads": 2,
+                           "context": 48}
 LLAMA = DEFAULT | {"norm": "rms", "positions": "rotary", "activation": "swiglu", "qk_norm": False}
+GPT2 = DEFAULT | {"kv_heads": 0, "norm": "layer", "positions": "learned", "activation": "gelu",
+                  "qk_norm": False, "tied": True, "bias": True}
 
 
 def write(path: Path, network: dict[str, Any] = DEFAULT, codec: str = "byte", seed: int = 1,
           training: dict[str, Any] | None = None, sampling: dict[str, Any] | None = None) -> Path:
-    """A model folder whose network has random weights far from uniform predictions; `codec` as in the recipe."""
+    """A model folder with random weights whose predictions are far from uniform; `codec` is a kind."""
     settings = {"kind": codec} | ({"vocabulary": 300} if codec == "bpe" else {})
     made = recipe.parse({"name": "tiny", "medium": "text", "family": "autoregressive", "seed": seed,
                          "codec": settings, "network": network, "sampling": sampling or {}})
-    tokenizer = tokenizers.train(made.codec, [TEXT])
-    tokenizer.save(path.parent / f"{path.name}-codec")
+    tokenizer, saved = tokenizers.train(made.codec, [TEXT]), path.with_name(f"{path.name}-codec")
+    tokenizer.save(saved)
     torch.manual_seed(seed)
     weights = folder.weights_of(build(made.network, tokenizer.size))
     weights = {name: weight + 0.1 * torch.randn_like(weight) for name, weight in weights.items()}
-    folder.write(path, made, weights, {"codec": path.parent / f"{path.name}-codec"}, training or {"seed": seed})
+    folder.write(path, made, weights, {"codec": saved}, training or {"seed": seed})
     return path
 
 

@@ -1,7 +1,7 @@
 """The card of a model: what it is, what it was made of and how, what it can do, in sections for a page.
 
-Every sentence comes from the model folder. What was not measured is said to be not measured; nothing about the
-machine's folders gets in.
+Every sentence comes from the model folder. What was not measured is said to be not measured; no path of the
+machine gets in.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import tomli_w
 
 from handmill import recipe as recipes
-from handmill.checks.verdict import copying_table, shown
+from handmill.checks.verdict import carried_lines, copying_table, shown
 from handmill.page import Block, Code, Picture, Points, Section, Table, Text
 from handmill.recipe import Recipe
 from handmill.training.monitor import duration, size
@@ -40,7 +40,7 @@ def sections(path: Path, receipt: dict[str, Any]) -> list[Section]:
         Section("Copying from the training text", _copying(check)),
         Section("Samples", _samples(path, check)),
         Section("Exports", _exports(receipt)),
-        Section("Settings", [Text("The whole recipe, defaults filled in; names of files without their folders."),
+        Section("Settings", [Text("The whole recipe, defaults filled in; files without their folders."),
                              Code(tomli_w.dumps(_public_recipe(recipe)).strip())]),
         Section("Licence", _licence(manifest)),
     ]
@@ -60,7 +60,7 @@ def _head(path: Path, recipe: Recipe, receipt: dict[str, Any], check: dict[str, 
     ]
     verdict = check.get("verdict", {}).get("text")
     said = f"On text it has not seen: {verdict}." if verdict else NOT_CHECKED
-    return [Text(f"A {recipe.medium} model trained from nothing. {said}"), Table([("", ""), *rows])]
+    return [Text(f"A {recipe.medium} model made with Handmill. {said}"), Table([("", ""), *rows])]
 
 
 def _network(recipe: Recipe) -> str:
@@ -70,15 +70,16 @@ def _network(recipe: Recipe) -> str:
 
 
 def _limits(recipe: Recipe, report: dict[str, Any], check: dict[str, Any]) -> list[str]:
-    points = [_purpose(report), "It continues text. It was not trained to answer, to follow instructions or to be "
-              "safe, and what it writes may be false, offensive or about real people.",
+    points = [_purpose(report),
+              "It continues text. It was not trained to answer, to follow instructions or to be safe, and "
+              "what it writes may be false, offensive or about real people.",
               f"It does not see farther back than its context of {recipe.network.context:,} tokens."]
     if recipe.codec.kind == "character":
         points.append("It knows only the characters of its training text.")
     secrets = sum(report.get("secrets", {}).get("counts", {}).values())
     if secrets:
-        points.append(f"{secrets:,} possible secrets (keys, passwords) were found in its training text, and it may "
-                      "repeat them: look at data/report.json before sharing it.")
+        points.append(f"{secrets:,} possible secrets (keys, passwords) were found in its training text, and "
+                      "it may repeat them: look at data/report.json before sharing it.")
     verdict = check.get("verdict")
     if verdict is None:
         points.append("Its quality and its copying were not measured: do not rely on either.")
@@ -102,12 +103,14 @@ def _data(manifest: dict[str, Any], report: dict[str, Any]) -> list[Block]:
     documents, copies = report.get("documents", {}), report.get("duplicates", {})
     found = sum(report.get("secrets", {}).get("counts", {}).values())
     rows: list[Row] = [
-        ("documents read", _number(documents.get("read"))), ("documents kept", _number(documents.get("kept"))),
+        ("documents read", _number(documents.get("read"))),
+        ("documents kept", _number(documents.get("kept"))),
         ("exact duplicates removed", _number(copies.get("exact"))),
         (f"near duplicates removed (Jaccard {copies.get('jaccard', '?')})", _number(copies.get("near"))),
         ("possible secrets found", f"{found:,}" if "secrets" in report else "not measured"),
         ("e-mail addresses found", _number(report.get("emails", {}).get("count"))),
-        ("languages (estimated)", _languages(report)), ("overlap of held-out and training text", _overlap(report))]
+        ("languages (estimated)", _languages(report)),
+        ("overlap of held-out and training text", _overlap(report))]
     splits = [("split", "documents", "tokens", "bytes"),
               *((name, *(_number(part.get(key)) for key in ("documents", "tokens", "bytes")))
                 for name, part in report.get("splits", {}).items())]
@@ -119,8 +122,8 @@ def _sources(manifest: dict[str, Any]) -> Block:
     sources = manifest.get("sources", [])
     if not sources:
         return Text("Not recorded: the sources of the data.")
-    rows: list[Row] = [(_name(source.get("path", "?")), size(source.get("bytes", 0)), source.get("licence", "unknown"),
-                        _digest(source)) for source in sources[:_SOURCES]]
+    rows: list[Row] = [(_name(source.get("path", "?")), size(source.get("bytes", 0)),
+                        source.get("licence", "unknown"), _digest(source)) for source in sources[:_SOURCES]]
     if len(sources) > _SOURCES:
         rows.append((f"and {len(sources) - _SOURCES:,} more, listed in data/manifest.json", "", "", ""))
     return Table([("source", "size", "licence", "sha256"), *rows])
@@ -140,22 +143,23 @@ def _overlap(report: dict[str, Any]) -> str:
     if "near" in seen:
         parts.append(f"{seen['near'].get('pairs', 0):,} are near duplicates of one in it")
     if windows.get("share") is not None:
-        parts.append(f"{windows['share']:.2%} of {windows['windows']:,} held-out windows of {windows['words']} words "
-                     "occur in it")
+        parts.append(f"{windows['share']:.2%} of {windows['windows']:,} held-out windows of "
+                     f"{windows['words']} words occur in it")
     return "; ".join(parts) or "not measured"
 
 
 def _training(path: Path, training: dict[str, Any], report: dict[str, Any]) -> list[Block]:
     tokens, once = training.get("tokens"), report.get("splits", {}).get("train", {}).get("tokens")
     passes = f" ({tokens / once:.1f} times the training split)" if tokens and once else ""
+    early = " (stopped early)" if training.get("stopped_early") else ""
     rows: list[Row] = [
-        ("steps", _number(training.get("steps")) + (" (stopped early)" if training.get("stopped_early") else "")),
+        ("steps", _number(training.get("steps")) + early),
         ("tokens", _number(tokens) + passes), ("time", _seconds(training.get("seconds"))),
         ("last training loss", _nats(training.get("loss"))),
         ("last validation loss", _nats(training.get("validation_loss"))),
         ("seed", str(training.get("seed", "not recorded"))),
         ("precision", str(training.get("precision", "not recorded"))),
-        ("compiled", {True: "yes", False: "no"}.get(training.get("compile"), str(training.get("compile", "?")))),
+        ("compiled", str(training.get("compile", "not recorded"))),
         ("processes", str(training.get("processes", "not recorded"))),
         ("machine", ", ".join(f"{k} {v}" for k, v in training.get("machine", {}).items()) or "not recorded")]
     curve = path / "loss.png"
@@ -186,15 +190,16 @@ def _quality(check: dict[str, Any]) -> list[Block]:
         rows.append((_NAMES[name], *cells))
     unit = found["bits_per_character"]
     return [
-        Text(f"Measured on {held['documents']:,} of {held['documents_in_split']:,} documents of the {held['split']} "
-             f"split: {held['characters']:,} characters, {held['tokens']:,} tokens. Lower is better; in brackets the "
-             f"interval of 95 %, by {unit['method']}, n = {unit['n']:,}."),
+        Text(f"Measured on {held['documents']:,} of {held['documents_in_split']:,} documents of the "
+             f"{held['split']} split: {held['characters']:,} characters, {held['tokens']:,} tokens. Lower is "
+             f"better; in brackets the interval of 95 %, by {unit['method']}, n = {unit['n']:,}."),
         Table(rows),
         Text(f"Perplexity per token: {shown(found['perplexity'])}; it compares only with models of the same "
              f"tokenizer. {shown(found['nats_per_token'])} nats per token."),
-        Text(f"Counted: {found['counted']}. Network in {found['precision']}, windows of {found['context']:,} tokens, "
-             f"{found['stride']:,} from one to the next. Unknown characters: {held['unknown_characters']:,}."),
-        Text(f"Verdict: {check['verdict']['text']}.")]
+        Text(f"Counted: {found['counted']}. Network in {found['precision']}, windows of {found['context']:,} "
+             f"tokens, {found['stride']:,} from one to the next. Characters the tokenizer does not know: "
+             f"{held['unknown_characters']:,}."),
+        *map(Text, carried_lines(check)), Text(f"Verdict: {check['verdict']['text']}.")]
 
 
 def _copying(check: dict[str, Any]) -> list[Block]:
@@ -204,11 +209,12 @@ def _copying(check: dict[str, Any]) -> list[Block]:
     if "missing" in copying:
         return [Text(f"{copying['missing'].capitalize()}.")]
     longest = copying["longest"]
-    run = (f"The longest run that a sample copies has {longest['characters']:,} characters (sample {longest['text']}, "
-           f"training document {longest['document']:,})." if longest else "No sample copies a character.")
-    return [Text(f"The share of {copying['samples']:,} generated texts that stands word for word in the training "
-                 f"text, beside the same for {copying['held_out_excerpts']:,} excerpts of held-out text, with "
-                 "intervals of 95 % over texts."), Table([*copying_table(copying)]), Text(run)]
+    run = (f"The longest run that a sample copies has {longest['characters']:,} characters (sample "
+           f"{longest['text']}, training document {longest['document']:,})." if longest else
+           "No sample copies a character.")
+    return [Text(f"The share of {copying['samples']:,} generated texts that stands word for word in the "
+                 f"training text, beside the same for {copying['held_out_excerpts']:,} excerpts of held-out "
+                 "text, with intervals of 95 % over texts."), Table([*copying_table(copying)]), Text(run)]
 
 
 def _samples(path: Path, check: dict[str, Any]) -> list[Block]:
@@ -217,8 +223,8 @@ def _samples(path: Path, check: dict[str, Any]) -> list[Block]:
     if not texts:
         return [Text("None recorded: `handmill check` makes them.")]
     drawn = ", ".join(f"{key} {value}" for key, value in about["sampling"].items() if value != [])
-    blocks: list[Block] = [Text(f"The first {min(_SAMPLES, len(texts))} of {len(texts)}, not chosen, from an empty "
-                                f"prompt with seed {check['seed']} ({drawn}).")]
+    blocks: list[Block] = [Text(f"The first {min(_SAMPLES, len(texts))} of {len(texts)}, not chosen, from an "
+                                f"empty prompt with seed {check['seed']} ({drawn}).")]
     for number, text in enumerate(texts[:_SAMPLES]):
         cut = " (cut)" if len(text) > _CHARACTERS else ""
         blocks.append(Code(text[:_CHARACTERS], f"Sample {number}{cut}"))
@@ -236,13 +242,14 @@ def _exports(receipt: dict[str, Any]) -> list[Block]:
     exports = receipt.get("exports", {})
     if not exports:
         return [Text("None made.")]
-    rows: list[Row] = [("form", "made", "compared with", "largest error of a logit", "greedy tokens that agree")]
+    rows: list[Row] = [("form", "made", "compared with", "largest error of a logit", "greedy tokens alike")]
     for name, export in exports.items():
         error = export.get("logits_error")
         rows.append((name, str(export.get("made", "?")), str(export.get("compared_with", "not recorded")),
-                     "not measured" if error is None else f"{error:.1e} (at most {export.get('tolerance', 0):.0e})",
+                     "not measured" if error is None else f"{error:.1e}",
                      _number(export.get("greedy_tokens"))))
-    stale = [name for name, export in exports.items() if export.get("weights") not in (None, _weights(receipt))]
+    now = _weights(receipt)
+    stale = [name for name, export in exports.items() if export.get("weights", now) != now]
     return [Table(rows), *([Text(f"Made of other weights than these: {', '.join(stale)}.")] if stale else [])]
 
 
@@ -250,11 +257,11 @@ def _licence(manifest: dict[str, Any]) -> list[Block]:
     counts = Counter(str(source.get("licence", "unknown")) for source in manifest.get("sources", []))
     if not counts:
         return [Text("Not recorded: the licence of the training data.")]
-    named = "; ".join(f"{licence} ({count:,} source{'s' * (count > 1)})" for licence, count in counts.most_common())
+    named = "; ".join(f"{licence} ({count:,} source{'s' * (count > 1)})"
+                      for licence, count in counts.most_common())
     warning = (" Some of it is of unknown licence: find out before the model is given to others."
                if "unknown" in counts else "")
-    return [Text(f"The weights were made of text under: {named}.{warning} Nothing else went into them: the network "
-                 "started from random numbers.")]
+    return [Text(f"The weights were made of text under: {named}.{warning}")]
 
 
 def _current_check(receipt: dict[str, Any]) -> dict[str, Any]:
@@ -276,7 +283,7 @@ def _public_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def _name(path: str) -> str:
-    """A path as the user gave it, or its last part where it is absolute: folders of the machine are no one's business."""
+    """A path as the user gave it, or its last part where it is absolute, which is the machine's business."""
     absolute = re.match(r"[/\\~]|[A-Za-z]:", path)
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1] if absolute else path
 

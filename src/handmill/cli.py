@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from handmill import __version__
 from handmill.errors import UserError
@@ -42,15 +43,15 @@ def check(args: argparse.Namespace) -> None:
     from handmill.checks.text import lines
     from handmill.verbs.check import check
 
-    print("\n".join(lines(check(args.folder, **pairs(args.overrides)))))
+    print("\n".join(lines(check(args.folder, True, **pairs(args.overrides)))))
 
 
 def generate(args: argparse.Namespace) -> None:
     from handmill import folder
     from handmill.verbs.generate import generate, stream
 
-    settings = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")
-                if getattr(args, k) is not None}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")
+    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     settings |= {"seed": args.seed} | ({"stop": tuple(args.stop)} if args.stop else {})
     model = folder.load(args.folder)
     prompts = [p.read_text(encoding="utf-8") for p in args.prompt_file] + args.prompt or [""]
@@ -94,11 +95,11 @@ def demo(args: argparse.Namespace) -> None:
     demo(args.out)
 
 
-def pairs(overrides: Sequence[str]) -> dict[str, object]:
+def pairs(overrides: Sequence[str]) -> dict[str, Any]:
     """key=value words as keywords, each value read as TOML where it is TOML."""
     import tomllib
 
-    result: dict[str, object] = {}
+    result: dict[str, Any] = {}
     for word in overrides:
         key, equals, value = word.partition("=")
         if not equals:
@@ -139,7 +140,8 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _recipe_arguments(p)
     p.add_argument("--quiet", action="store_true", help="print nothing")
 
-    p = verb(check, "measure a model on held-out documents, beside floors, and look for copies", "runs/notes samples=16")
+    p = verb(check, "measure a model on held-out documents, beside floors, and look for copies",
+             "runs/notes samples=16")
     p.add_argument("folder", type=Path, help="a model folder")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe's [check] table")
 
@@ -150,7 +152,8 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("-n", type=int, default=1, help="samples a prompt (default 1)")
     p.add_argument("--seed", type=int, default=1, help="the same seed gives the same text (default 1)")
     p.add_argument("--runtime", choices=("torch", "onnx"), default="torch", help="what runs the network")
-    for name, kind, about in (("temperature", float, "0: always the likeliest token"), ("top-k", int, "tokens to choose from"),
+    for name, kind, about in (("temperature", float, "0: always the likeliest token"),
+                              ("top-k", int, "tokens to choose from"),
                               ("top-p", float, "probability mass to choose from"),
                               ("min-p", float, "least share of the likeliest token's probability"),
                               ("repetition-penalty", float, "above 1: less repetition"),
@@ -158,11 +161,13 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         p.add_argument(f"--{name}", type=kind, help=f"{about} (default: the recipe's)")
     p.add_argument("--stop", action="append", help="a text that ends the sample; may be given more than once")
 
-    p = verb(export, "write the model for another runtime, compared with the original on the spot", "runs/notes --to onnx")
+    p = verb(export, "write the model for another runtime, compared with the original on the spot",
+             "runs/notes --to onnx")
     p.add_argument("folder", type=Path, help="a model folder")
     p.add_argument("--to", choices=("onnx", "huggingface"), required=True)
 
-    p = verb(serve, "serve model folders over an OpenAI-shaped REST interface on this machine", "runs/notes --port 8000")
+    p = verb(serve, "serve model folders over an OpenAI-shaped REST interface on this machine",
+             "runs/notes --port 8000")
     p.add_argument("folders", type=Path, nargs="+", help="model folders")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     p.add_argument("--port", type=int, default=8000)
@@ -202,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        print(f"handmill {args.verb}: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        what = error.filename or "a file"
+        print(f"handmill {args.verb}: {what} cannot be written: {error.strerror}", file=sys.stderr)
         return 2
     return 0

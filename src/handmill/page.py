@@ -1,4 +1,4 @@
-"""A page of sections as Markdown and as one HTML file that needs nothing else. All text is escaped in both."""
+"""A page of sections as Markdown, and as one HTML file that needs nothing else. Both escape all text."""
 
 import base64
 import re
@@ -20,7 +20,7 @@ class Points(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows of cells; the first row is the header."""
+    """Rows of cells; the first row is the header, and may be empty."""
 
     rows: list[tuple[str, ...]]
 
@@ -51,8 +51,9 @@ class Section(NamedTuple):
 
 def markdown(sections: list[Section]) -> str:
     """The page in GitHub's Markdown; pictures are links to files beside it."""
-    parts = [f"{'#' if number == 0 else '##'} {plain(section.title)}\n\n"
-             + "\n\n".join(_markdown(block) for block in section.blocks) for number, section in enumerate(sections)]
+    parts = []
+    for mark, section in zip(["#"] + ["##"] * (len(sections) - 1), sections, strict=True):
+        parts += [f"{mark} {plain(section.title)}", *map(_markdown, section.blocks)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -63,7 +64,8 @@ def html(sections: list[Section], folder: Path) -> str:
              for section, tag in zip(sections, ["h1"] + ["h2"] * (len(sections) - 1), strict=True)]
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n<meta name="viewport" '
             f'content="width=device-width, initial-scale=1">\n<title>{escape(sections[0].title)}</title>\n'
-            f"<style>{_STYLE}</style></head>\n<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n")
+            f"<style>{_STYLE}</style></head>\n<body><main>\n" + "\n".join(parts)
+            + "\n</main></body></html>\n")
 
 
 def plain(text: str) -> str:
@@ -94,9 +96,9 @@ def _html(block: Block, folder: Path) -> str:
     if isinstance(block, Points):
         return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in block.items) + "</ul>"
     if isinstance(block, Table):
-        rows = [_row(row, "td") for row in block.rows[1:]]
-        return ('<div class="wide"><table><thead>' + _row(block.rows[0], "th") + "</thead><tbody>"
-                + "".join(rows) + "</tbody></table></div>")
+        head = f"<thead>{_row(block.rows[0], 'th')}</thead>" if any(block.rows[0]) else ""
+        rows = "".join(_row(row, "td") for row in block.rows[1:])
+        return f'<div class="wide"><table>{head}<tbody>{rows}</tbody></table></div>'
     if isinstance(block, Picture):
         data = base64.b64encode((folder / block.file).read_bytes()).decode()
         return f'<img alt="{escape(block.alt)}" src="data:image/png;base64,{data}">'
@@ -109,7 +111,8 @@ def _row(cells: tuple[str, ...], tag: str) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c2126; --quiet: #5c6670; --line: #dfe3e7; --paper: #fff; --wash: #f5f7f8 }
+:root { color-scheme: light dark;
+  --ink: #1c2126; --quiet: #5c6670; --line: #dfe3e7; --paper: #fff; --wash: #f5f7f8 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e7ea; --quiet: #98a2ac; --line: #363d44; --paper: #16191c; --wash: #1f2327 }
 }
@@ -120,13 +123,14 @@ h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .75rem }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line) }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; margin: .5rem 0 }
-th, td { text-align: left; vertical-align: top; padding: .3rem 1.4rem .3rem 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere }
+th, td { text-align: left; vertical-align: top; padding: .3rem 1.4rem .3rem 0;
+  border-bottom: 1px solid var(--line); overflow-wrap: anywhere }
 th { color: var(--quiet); font-weight: 600 }
 figure { margin: .75rem 0 }
 figcaption { color: var(--quiet); font-size: .9rem }
 pre { background: var(--wash); border-radius: 6px; padding: .8rem 1rem; margin: .3rem 0; overflow-x: auto;
-  font: .85rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
+  font: .85rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere }
 img { max-width: 100%; border-radius: 6px; background: #fff }
 li { margin: .2rem 0 }
 """

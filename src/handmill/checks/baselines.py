@@ -54,7 +54,7 @@ class Trigram:
 
     def __init__(self, codes: Codes) -> None:
         assert len(codes), "a trigram model needs some text"
-        trigrams, counts = np.unique(_keys(*_in_context(codes)), return_counts=True)  # (K,)
+        trigrams, counts = np.unique(_keys(*_in_context(_padded(codes))), return_counts=True)  # (K,)
         pairs, continued = np.unique(trigrams & _mask(2), return_counts=True)
         single, heard = np.unique(pairs & _mask(1), return_counts=True)
         self.orders = [_Order(single, heard), _Order(pairs, continued), _Order(trigrams, counts)]
@@ -63,9 +63,9 @@ class Trigram:
 
     def nats(self, codes: Codes) -> NDArray[np.float64]:
         """-log p of every symbol (N,) of a text that begins where a document begins."""
-        first, second, third = _in_context(codes)
-        pieces = [slice(at, at + _PIECE) for at in range(0, len(codes), _PIECE)]
-        return np.concatenate([-np.log(self.probability(first[p], second[p], third[p])) for p in pieces])
+        padded = _padded(codes)
+        pieces = (_in_context(padded[at:at + _PIECE + 2]) for at in range(0, len(codes), _PIECE))
+        return np.concatenate([-np.log(self.probability(*piece)) for piece in pieces])
 
     def probability(self, a: NDArray[Any], b: NDArray[Any], c: NDArray[Any]) -> NDArray[np.float64]:
         """p(c | ab), all (Q,)."""
@@ -97,11 +97,14 @@ class _Order:
         return np.where(context >= 0, refined / self.totals[context], p)
 
 
-def _in_context(codes: Codes) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """The two symbols before each, and it, all (N,); nothing is seen through a document's end."""
-    padded = np.concatenate((np.array([END, END]), codes)).astype(np.int64)
+def _padded(codes: Codes) -> Codes:
+    return np.concatenate((np.array([END, END], np.int32), codes))
+
+
+def _in_context(padded: Codes) -> tuple[Codes, Codes, Codes]:
+    """The two symbols before each from the third on, and it, all (N,); nothing is seen through a document's end."""
     a, b, c = padded[:-2], padded[1:-1], padded[2:]
-    return np.where(b == END, END, a), b, c
+    return np.where(b == END, np.int32(END), a), b, c
 
 
 def _keys(a: NDArray[Any], b: NDArray[Any], c: NDArray[Any]) -> NDArray[np.int64]:

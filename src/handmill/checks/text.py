@@ -33,7 +33,7 @@ SAMPLES = "samples/check.jsonl"  # in the model folder
 _AT_ONCE = 64  # samples
 _EXCERPTS = 10_000  # at most
 
-__all__ = ["Settings", "lines", "run", "training_split", "verdict"]
+__all__ = ["Settings", "carry", "lines", "run", "training_split", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Settings:
     samples: int = 32  # texts made from nothing to look for copying; 0: none
     sample_tokens: int = 256  # at most, in each of them
     lengths: tuple[int, ...] = (16, 32, 64, 128)  # characters in a row that count as copied
-    trigram_bytes: int = 20_000_000  # of the training text that the trigram model learns from, at most
+    trigram_bytes: int = 10_000_000  # of the training text that the trigram model learns from, at most
     xz_bytes: int = 8_000_000  # of the training text that xz reads before the held-out text, at most
 
     def __post_init__(self) -> None:
@@ -92,11 +92,32 @@ def run(model: Model, settings: Settings, progress: bool = True) -> dict[str, An
     model_figures, baseline_figures = _likelihood(ground, scores), _baselines(ground, scores)
     samples = _samples(ground)
     result = {
-        "seed": ground.seed, "settings": asdict(settings), "weights": _weights(model),
+        "seed": ground.seed, "settings": asdict(settings) | {"lengths": list(settings.lengths)}, "weights": _weights(model),
         "held_out": _held_out(ground, scores), "likelihood": model_figures, "baselines": baseline_figures,
         "samples": _save(model.path, samples, ground), "copying": _copying(ground, samples),
     }
     return result | {"verdict": verdict(result), "seconds": time.perf_counter() - started}
+
+
+def carry(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """The result, with the figures that need the training text taken from an earlier check where they are missing.
+
+    Only from a check of the same weights, settings and seed; copying only where the same texts were generated.
+    """
+    if not earlier or any(earlier.get(key) != result[key] for key in ("weights", "settings", "seed")):
+        return result
+    was = earlier["baselines"]
+    parts = [name for name, base in result["baselines"].items() if "missing" in base and "missing" not in was[name]]
+    kept: dict[str, Any] = {"baselines": result["baselines"] | {name: was[name] for name in parts}}
+    if "missing" in result["copying"] and "missing" not in earlier["copying"] and (
+            earlier["samples"]["sha256"] == result["samples"]["sha256"]):
+        kept["copying"] = earlier["copying"]
+        parts.append("copying")
+    if not parts:
+        return result
+    carried = {"created": earlier.get("carried", earlier)["created"], "parts": parts}
+    result = result | kept | {"carried": carried}
+    return result | {"verdict": verdict(result)}
 
 
 def training_split(model: Model) -> Packed | None:

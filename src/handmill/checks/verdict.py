@@ -34,8 +34,15 @@ def lines(result: dict[str, Any]) -> list[str]:
         *aligned(table), "",
         f"perplexity {shown(found['perplexity'])}, {shown(found['nats_per_token'])} nats, per token", "",
         *_copying_lines(result["copying"]), "",
-        f"intervals of 95 %: {unit['method']}, n = {unit['n']}",
+        f"intervals of 95 %: {unit['method']}, n = {unit['n']}", *carried_lines(result),
         f"verdict: {result['verdict']['text']}"]
+
+
+def carried_lines(result: dict[str, Any]) -> list[str]:
+    """Which figures are those of an earlier check, none or one line."""
+    earlier = result.get("carried")
+    return [f"measured {earlier['created']}, while the training data were at hand: "
+            f"{', '.join(earlier['parts'])}"] if earlier else []
 
 
 def copying_table(copying: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -59,7 +66,7 @@ def percent(figure: dict[str, Any]) -> str:
 
 def aligned(table: list[tuple[str, str, str]]) -> list[str]:
     """Rows of three cells under one another."""
-    widths = [max(len(row[column]) for row in table) for column in (0, 1)]
+    widths = [max(len(row[column]) for row in table if row[2]) for column in (0, 1)]
     return [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in table]
 
 

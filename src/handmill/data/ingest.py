@@ -15,7 +15,7 @@ from handmill.data import cleaning, sources
 from handmill.data.corpus import Corpus, Ints, Spool, Tick
 from handmill.data.pieces import PIECE
 from handmill.data.sensitive import Findings, scan
-from handmill.data.sources import Broken, Piece, Skipped, Source
+from handmill.data.sources import Broken, Empty, Piece, Skipped, Source
 from handmill.errors import UserError
 
 _BLANK = re.compile(r"\n(?:[ \t\r]*\n)+")
@@ -60,7 +60,10 @@ def ingest(found: list[Source], settings: Any, folder: Path, tick: Tick) -> tupl
             except Broken as error:
                 if source.named:
                     raise UserError(f"{source.name} in data.paths: {error}") from None
-                notes.skipped.file(source.name, str(error))
+                if isinstance(error, Empty):
+                    notes.empty += 1
+                else:
+                    notes.skipped.file(source.name, str(error))
             notes.manifest[-1]["documents"] = len(spool.begins) - before
         corpus = spool.corpus()
     if notes.skipped.files or notes.skipped.records:

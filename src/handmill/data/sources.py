@@ -32,6 +32,10 @@ class Broken(Exception):
     """A file that cannot be read; the text says why and what to do."""
 
 
+class Empty(Broken):
+    """A file without a byte: common in folders, and no fault there."""
+
+
 class Piece(NamedTuple):
     """A part of a document as it stands in its source."""
 
@@ -174,7 +178,7 @@ def _shown(path: Path) -> str:
 
 
 def check(source: Source) -> None:
-    """Read a text file through once. Raises Broken when it is empty, binary, not UTF-8, or ends too soon."""
+    """Read a text file through once. Raises Empty, or Broken when it is binary, not UTF-8, or ends too soon."""
     offset, tail = 0, b""
     for number, block in enumerate(blocks(source)):
         if number == 0:
@@ -188,7 +192,7 @@ def check(source: Source) -> None:
     if tail:
         raise _not_utf8(tail, offset, 0)
     if not offset:
-        raise Broken("it is empty: put text in it or leave it out")
+        raise Empty("it is empty: put text in it or leave it out")
 
 
 def read(source: Source, column: str, skipped: Skipped, tick: Tick) -> Iterator[Piece]:

@@ -130,7 +130,7 @@ def generate(network: Any, codec: Any, prompts: Sequence[str], sampling: Samplin
 def greedy(network: Any, prompt: Sequence[int], count: int, cached: bool = True) -> list[int]:
     """The likeliest next token, `count` times over: `generate` at temperature 0, but past the end token."""
     context = network.settings.context
-    window, state, tokens = list(prompt)[-context:], None, []
+    window, state, tokens = [int(token) for token in prompt][-context:], None, []
     for _ in range(count):
         logits, state = _next(network, [window], state if cached else None)
         tokens.append(int(logits.argmax()))

@@ -192,7 +192,7 @@ class Decoder(nn.Module):
         padding = state.padding if state is not None else None
         assert s.positions == "rotary" or start + length <= s.context, "learned positions end at the context"
         positions = torch.arange(start, start + length, device=tokens.device)  # (T,)
-        mask = self._mask(positions, padding) if padding is not None or (start and length > 1) else None
+        mask = self._mask(positions, start + length, padding) if padding is not None or (start and length > 1) else None
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
         x = self.embedding(tokens)  # (B, T, C)
@@ -225,9 +225,9 @@ class Decoder(nn.Module):
         return State((), (), padding)
 
     @staticmethod
-    def _mask(positions: Tensor, padding: Tensor | None) -> Tensor:
-        """True where a query at `positions` (T,) may look: (T, S), or (B, 1, T, S) where rows are padded."""
-        seen = torch.arange(int(positions[-1]) + 1, device=positions.device)  # (S,)
+    def _mask(positions: Tensor, end: int, padding: Tensor | None) -> Tensor:
+        """True where a query at `positions` (T,) may look: (T, S = end), or (B, 1, T, S) where rows are padded."""
+        seen = torch.arange(end, device=positions.device)  # (S,)
         causal = seen <= positions[:, None]  # (T, S)
         if padding is None:
             return causal
@@ -236,7 +236,7 @@ class Decoder(nn.Module):
         return causal & (real | itself)
 
     def _initialise(self) -> None:
-        """"gpt2": deviation 0.02, and what writes to the residual stream smaller by sqrt(2 layers) (GPT-2, section 2.3).
+        """"gpt2": deviation 0.02, smaller by sqrt(2 layers) where the residual stream is written (GPT-2, 2.3).
 
         "zero": deviation 1 / sqrt(fan-in), the embedding 1, and what writes to the residual stream or the logits 0,
         so that every block starts as the identity and Muon's updates set the scale.

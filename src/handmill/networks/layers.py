@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROWS_AT_ONCE = 256  # of logits, in the loss
-EXPLICIT_UP_TO = 128  # positions; below this, a CPU trains faster through plain bf16 products than through its flash kernel
+EXPLICIT_UP_TO = 128  # positions for which plain bf16 products train faster on a CPU than its flash kernel
 
 
 class RMSNorm(nn.Module):

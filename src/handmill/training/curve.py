@@ -19,8 +19,8 @@ Series = NDArray[np.float64]
 def draw(metrics: Path, png: Path) -> None:
     """Draw training loss (raw pale, smoothed dark), validation loss and learning rate over the steps.
 
-    `metrics` holds one JSON object a line: step, loss, rate, and where measured validation_loss; losses in nats
-    per token. A line cut short by a crash is passed over; without any line the picture says so.
+    `metrics` holds one JSON object a line: step, loss, rate (a share of its peak), validation_loss; losses in
+    nats per token. A line cut short by a crash is passed over; without any line the picture says so.
     """
     rows = read(metrics)
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
@@ -36,7 +36,7 @@ def draw(metrics: Path, png: Path) -> None:
 
 
 def read(metrics: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl by rising step; lines of one step are joined, the later value standing."""
+    """The whole lines of metrics.jsonl by rising step, lines of one step joined into one."""
     rows: dict[int, dict[str, Any]] = {}
     text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
     for line in text.splitlines():
@@ -87,7 +87,7 @@ def _losses(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _limit(axes: Axes, losses: Series, validation: Series) -> None:
-    """Leave spikes out of the picture, so that the end of the run, where losses differ little, keeps its room."""
+    """Leave spikes out of the picture: the end of the run, where losses differ little, needs the room."""
     shown = np.concatenate((losses, validation))
     low, high = shown.min(), max(float(np.quantile(shown, 0.995)), float(losses[0]))
     room = 0.05 * (high - low) or 0.5

@@ -75,7 +75,8 @@ class Progress:
     returns: int = 0
     loss: float = float("nan")
     validation: float = float("nan")
-    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "evaluate": 0.0, "save": 0.0, "sample": 0.0})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("train", "evaluate", "save", "sample"), 0.0))
     stopped: bool = False  # early: asked to, or `stop_at` reached
 
 
@@ -116,7 +117,7 @@ class Run:
         return self.progress
 
     def step(self) -> None:
-        """One optimizer step of every phase that is due; a batch that is not finite is skipped, three in a row go back."""
+        """One optimizer step of every phase that is due; batches that are not finite are skipped."""
         start = time.perf_counter()
         step, skips = self.progress.step, 0
         while True:
@@ -127,7 +128,8 @@ class Run:
                 break
             skips += 1
             self.progress.shift += 1
-            self.monitor.say(f"step {step + 1}: the loss or a gradient is not finite; batch {places[0]} to {places[-1]} is skipped")
+            self.monitor.say(f"step {step + 1}: the loss or a gradient is not finite; "
+                             f"batch {places[0]} to {places[-1]} is skipped")
             if skips > SKIPS:
                 self.go_back(step)
                 return
@@ -168,7 +170,7 @@ class Run:
 
     @torch.no_grad()
     def average(self) -> None:
-        """EMA of the weights; its decay grows from 0 so that early averages forget the start (warm-up as in Karras 2023)."""
+        """EMA of the weights; its decay grows with the steps, so that the average forgets the start."""
         decay = min(self.training.ema, (1 + self.progress.step) / (10 + self.progress.step))
         for phase in self.task.phases:
             average = self.averages[phase.name]
@@ -222,7 +224,8 @@ class Run:
             for i, optimizer in enumerate(phase.optimizers):
                 state = optimizer.state_dict()["state"]
                 parts[f"{phase.name}-optimizer-{i}"] = {
-                    f"{index}.{key}": torch.as_tensor(value) for index, inner in state.items() for key, value in inner.items()}
+                    f"{index}.{key}": torch.as_tensor(value)
+                    for index, inner in state.items() for key, value in inner.items()}
         return parts
 
     def resume(self) -> bool:
@@ -236,7 +239,8 @@ class Run:
         parts, facts, passed = found
         for sentence in passed:
             self.monitor.say(sentence)
-        assert facts["seed"] == self.seed and Choices(**facts["choices"]) == self.choices, "another run's checkpoint"
+        assert facts["seed"] == self.seed, "another run's checkpoint"
+        assert Choices(**facts["choices"]) == self.choices, "another run's checkpoint"
         self.restore(parts)
         self.progress = Progress(**facts["progress"])
         self.progress.stopped = False
@@ -260,11 +264,12 @@ class Run:
         past, returns = step + self.progress.shift, self.progress.returns + 1
         advice = "lower training.learning_rate and training.matrix_rate, or raise training.warmup"
         if returns > RETURNS or not checkpoint.checkpoints(self.folder):
-            raise UserError(f"training diverged at step {step + 1}: {SKIPS + 1} batches in a row gave a loss or gradient "
-                            f"that is not finite; {advice}")
+            raise UserError(f"training diverged at step {step + 1}: {SKIPS + 1} batches in a row gave a loss or "
+                            f"gradient that is not finite; {advice}")
         self.resume()
         self.progress.shift, self.progress.returns = past - self.progress.step, returns
-        self.monitor.say(f"went back to the checkpoint of step {self.progress.step}; the data goes on after the bad batches")
+        self.monitor.say(f"went back to the checkpoint of step {self.progress.step}; "
+                         "the data goes on after the bad batches")
 
     def elapsed(self) -> float:
         return sum(self.progress.seconds.values())
@@ -312,7 +317,7 @@ class Run:
 
 
 def wrap(network: nn.Module, choices: Choices, device: torch.device) -> nn.Module:
-    """The module that training calls: in the chosen precision, compiled or not, its gradients averaged over processes."""
+    """The module that training calls: in its precision, compiled or not, its gradients averaged over processes."""
     module: nn.Module = HalfPrecision(network) if choices.precision == "bf16" else network
     if choices.compiled:
         module = torch.compile(module)  # type: ignore[assignment]

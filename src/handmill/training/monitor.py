@@ -29,7 +29,7 @@ class Monitor:
             self.file.write(json.dumps({k: v for k, v in values.items() if v is not None}) + "\n")
 
     def live(self, text: str, now: bool = False) -> None:
-        """Put `text` in place of the last live line, at most every half second; whole lines where there is no terminal."""
+        """Put `text` in place of the last live line, every half second; whole lines where there is no terminal."""
         terminal = self.screen.isatty()
         if self.quiet or (not now and time.monotonic() - self.refreshed < (EVERY if terminal else 10.0)):
             return

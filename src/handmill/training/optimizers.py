@@ -58,7 +58,7 @@ class Muon(Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             buffers.append(state["momentum_buffer"])
-        gradients = [p.grad for p in same]
+        gradients = [p.grad for p in same if p.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         updates = orthogonalise(torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])))  # (N, R, C)
         rows, columns = same[0].shape
@@ -82,8 +82,8 @@ def optimizers(network: nn.Module, training: Training) -> list[Optimizer]:
         else:
             inner.append(p)
     adam_matrices = outer if training.optimizer == "muon" else outer + inner
-    groups = [{"params": adam_matrices, "weight_decay": training.weight_decay if training.optimizer == "adamw" else 0.0},
-              {"params": vectors, "weight_decay": 0.0}]
+    decay = training.weight_decay if training.optimizer == "adamw" else 0.0
+    groups = [{"params": adam_matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     result: list[Optimizer] = [AdamW([g for g in groups if g["params"]], lr=training.learning_rate,
                                      betas=training.betas, fused=True)]
     if training.optimizer == "muon" and inner:
@@ -95,7 +95,7 @@ def optimizers(network: nn.Module, training: Training) -> list[Optimizer]:
 
 
 def rate(step: int, training: Training) -> float:
-    """The share of the peak rate at optimizer step `step` (from 0): linear warm-up, then the schedule to `final_rate`."""
+    """The share of the peak rate at step `step` (from 0): linear warm-up, then the schedule down to `final_rate`."""
     if step < training.warmup:
         return (step + 1) / training.warmup
     if training.schedule == "constant":

@@ -34,7 +34,7 @@ class HalfPrecision(nn.Module):
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks: a step frees and asks for the same tensors, and new pages cost a fifth of its time."""
+    """Let glibc keep freed blocks: each step asks for the same tensors, and new pages cost a fifth of its time."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
@@ -114,8 +114,9 @@ def machine() -> dict[str, Any]:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    facts = {"cpu": model, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1), "system": platform.system(),
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts = {"cpu": model, "cores": cores, "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+             "system": platform.system(),
              "python": platform.python_version(), "torch": torch.__version__}
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()

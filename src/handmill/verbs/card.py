@@ -7,7 +7,10 @@ from handmill.card import sections
 
 
 def card(path: Path | str) -> tuple[Path, Path]:
-    """Write card.md and card.html into a model folder; returns their paths. Raises UserError for a broken folder."""
+    """Write card.md and card.html into a model folder and return their paths.
+
+    Raises UserError for a folder that is not as it was written.
+    """
     path = Path(path)
     content = sections(path, folder.verify(path))
     markdown, html = path / "card.md", path / "card.html"

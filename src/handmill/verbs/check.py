@@ -15,7 +15,9 @@ def check(path: Path | str, progress: bool = True, **overrides: Any) -> dict[str
     """Check a model folder and record the result as receipt["check"]; returns it.
 
     `overrides` replace values of the recipe's [check] table: tokens, stride, samples, sample_tokens, lengths,
-    trigram_bytes, xz_bytes. Raises UserError for a wrong one, and for a folder that is not as it was written.
+    trigram_bytes, xz_bytes. What needs the training text is carried over from an earlier check of the same
+    weights and settings where that text is gone. Raises UserError for a wrong setting, and for a folder that is
+    not as it was written.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = folder.load(path, device)
@@ -23,5 +25,6 @@ def check(path: Path | str, progress: bool = True, **overrides: Any) -> dict[str
     settings: text.Settings = recipes.build(text.Settings, table, "check")
     result = text.run(model, settings, progress)
     result = {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "device": device.type} | result
+    result = text.carry(result, model.receipt.get("check") or {})
     folder.record(model.path, "check", result)
     return result

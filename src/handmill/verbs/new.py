@@ -21,7 +21,8 @@ def new(shipped: str, files: Sequence[str], out: Path, name: str | None = None) 
         if not any(c in file for c in "*?[") and not Path(file).exists():
             raise UserError(f"{file} does not exist: name files, folders or globs in quotes")
     text = source.read_text(encoding="utf-8")
-    text = re.sub(r"(?m)^paths = \[[^\]]*\]", lambda _: f"paths = {json.dumps(list(files), ensure_ascii=False)}", text, count=1)
+    paths = json.dumps(list(files), ensure_ascii=False)
+    text = re.sub(r"(?m)^paths = \[[^\]]*\]", lambda _: f"paths = {paths}", text, count=1)
     text = re.sub(r'(?m)^name = "[^"]*"', lambda _: f"name = {json.dumps(name or out.stem)}", text, count=1)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -66,8 +66,10 @@ def verify(model: Model) -> None:
 def bind(host: str, port: int) -> socket.socket:
     """A socket bound to the address. Raises UserError naming what keeps it from being bound."""
     try:
+        if not 0 <= port <= 65535:  # which getaddrinfo would take modulo 65536
+            raise OverflowError
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (socket.gaierror, OverflowError):
+    except (socket.gaierror, UnicodeError, OverflowError):
         raise UserError(f"{host}:{port} is no address here: --host takes an address of this machine, and "
                         "--port a number up to 65535") from None
     listening = socket.socket(family, kind, protocol)
@@ -75,7 +77,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listening.bind(address)
         listening.listen()  # a second server on the port fails from here on
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listening.close()
         raise UserError(f"port {port} of {host} cannot be used ({error}): end what has it, or choose "
                         "another with --port") from None

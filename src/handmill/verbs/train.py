@@ -56,7 +56,8 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
     task = next_token.task(network, codec, packed, recipe)
     saved = checkpoint.load(out / "checkpoints")
     choices = Choices(**saved[1]["choices"]) if saved else None
-    planned = distributed.agreed(plan.make(recipe, network, task, device, out, choices) if distributed.rank() == 0 else None)
+    made = plan.make(recipe, network, task, device, out, choices) if distributed.rank() == 0 else None
+    planned = distributed.agreed(made)
     plan.refuse(planned, recipe)
     peak = matrix_peak(device, torch.bfloat16 if planned.choices.precision == "bf16" else torch.float32)
     monitor = Monitor(out, quiet, saved[1]["progress"]["step"] if saved else 0)
@@ -103,8 +104,7 @@ def claim(out: Path, recipe: Recipe) -> None:
     import tomli_w
 
     folders.write_text(kept, tomli_w.dumps(recipe.table()))
-    for stale in ("receipt.json",):
-        (out / stale).unlink(missing_ok=True)
+    (out / "receipt.json").unlink(missing_ok=True)
 
 
 def summary(recipe: Recipe, network: nn.Module, task: Task, progress: Progress, planned: plan.Plan, setup: float,

@@ -1,0 +1,146 @@
+"""Steps and evaluations as the loop takes them, to be measured: nothing is different afterwards.
+
+The rates are zero, so an optimizer does all of its work and adds nothing. What it leaves (its state, gradients,
+buffers, random numbers) is put back.
+"""
+
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from handmill.folder import weights_of
+from handmill.recipe import Training
+from handmill.training import memory
+from handmill.training.loop import Choices, Task, evaluating
+from handmill.training.precision import HalfPrecision, synchronise
+
+
+@dataclass
+class Rehearsal:
+    """A task on its device, with real tensors or with tensors that hold no data."""
+
+    task: Task
+    training: Training
+    device: torch.device
+    fetch: Callable[[int], Tensor]  # a batch of so many elements
+    real: bool = True
+    averages: list[list[Tensor]] = field(default_factory=list)  # of each phase, where training.ema
+    modules: dict[tuple[str, bool], list[nn.Module]] = field(default_factory=dict)
+
+    def step(self, choices: Choices, elements: int, cuts: int = 1) -> tuple[float, float]:
+        """One optimizer step of `cuts` micro-batches of `elements`: (seconds of the passes, of the update).
+
+        The arithmetic of loop.Run.phase_step.
+        """
+        passes = update = 0.0
+        for i, (phase, module) in enumerate(zip(self.task.phases, self.made(choices), strict=True)):
+            start = time.perf_counter()
+            batches = [self.fetch(elements) for _ in range(cuts)]
+            items = sum(phase.count(b) for b in batches)
+            for batch in batches:
+                part, _ = phase.loss(module, batch.to(self.device, non_blocking=True))
+                (part * (1 / items)).backward()
+            synchronise(self.device)
+            between = time.perf_counter()
+            parameters = [p for p in phase.network.parameters() if p.grad is not None]
+            norm = nn.utils.clip_grad_norm_(parameters, self.training.clip or float("inf"), foreach=True)
+            if not self.real or bool(norm.isfinite()):
+                for optimizer in phase.optimizers:
+                    optimizer.step()
+            phase.network.zero_grad(set_to_none=True)
+            if self.averages:
+                with torch.no_grad():
+                    torch._foreach_lerp_(self.averages[i], list(weights_of(phase.network).values()), 0.0)
+            synchronise(self.device)
+            passes += (between - start) / phase.every
+            update += (time.perf_counter() - between) / phase.every
+        return passes, update
+
+    def evaluate(self, choices: Choices, elements: int) -> float:
+        """Seconds of one forward pass over `elements` as in an evaluation."""
+        phase = self.task.phases[0]
+        start = time.perf_counter()
+        with torch.no_grad(), evaluating(phase.network):
+            module = HalfPrecision(phase.network) if choices.precision == "bf16" else phase.network
+            phase.loss(module, self.fetch(elements).to(self.device))
+        synchronise(self.device)
+        return time.perf_counter() - start
+
+    def made(self, choices: Choices) -> list[nn.Module]:
+        """The module that each phase trains through."""
+        key = choices.precision, choices.compiled
+        if key not in self.modules:
+            half = choices.precision == "bf16"
+            plain = [HalfPrecision(p.network) if half else p.network for p in self.task.phases]
+            self.modules[key] = [torch.compile(m) for m in plain] if choices.compiled else plain  # type: ignore[misc]
+        return self.modules[key]
+
+    def tracked(self, work: Callable[[], object]) -> int:
+        """Bytes of tensors on the device at the worst moment of `work()`, weights, optimizers and averages included."""
+        held = [x for p in self.task.phases for x in (p.network, *p.optimizers)]
+        return memory.tracked(work, [*held, *(t for a in self.averages for t in a)], self.device)
+
+    def parts(self) -> list[int]:
+        """Bytes of each file of a checkpoint: weights, averages and optimizer states, as far as they exist yet."""
+        weights = [memory.size_of(weights_of(p.network).values()) for p in self.task.phases]
+        states = [memory.size_of(t for s in o.state.values() for t in s.values() if isinstance(t, Tensor))
+                  for p in self.task.phases for o in p.optimizers]
+        return [*weights, *map(memory.size_of, self.averages), *states]
+
+    @contextmanager
+    def without_data(self) -> "Iterator[Rehearsal]":
+        """The same with tensors of the same shapes that hold nothing, the optimizers' state included."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        example = self.fetch(1)
+
+        def fetch(elements: int) -> Tensor:
+            return torch.zeros((elements, *example.shape[1:]), dtype=example.dtype, device=self.device)
+
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            pairs = copy.deepcopy([(p.network, p.optimizers) for p in self.task.phases])
+            phases = [replace(p, network=n, optimizers=o) for p, (n, o) in zip(self.task.phases, pairs, strict=True)]
+            for phase in phases:
+                for p in phase.network.parameters():
+                    p.grad = torch.zeros_like(p) if p.requires_grad else None
+                for optimizer in phase.optimizers:
+                    optimizer.step()
+                phase.network.zero_grad(set_to_none=True)
+            task = replace(self.task, phases=phases)
+            yield Rehearsal(task, self.training, self.device, fetch, False, _averages(task, self.training))
+
+
+@contextmanager
+def rehearsing(task: Task, training: Training, device: torch.device) -> Iterator[Rehearsal]:
+    """A rehearsal on the real tensors, which are afterwards as they were before, bit for bit."""
+    networks, optimizers = [p.network for p in task.phases], [o for p in task.phases for o in p.optimizers]
+    rates = [(group, group["lr"]) for o in optimizers for group in o.param_groups]
+    states = [o.state for o in optimizers]
+    buffers = [(b, b.clone()) for n in networks for b in n.buffers()]
+    for optimizer in optimizers:
+        optimizer.state = defaultdict(dict)
+    for group, _ in rates:
+        group["lr"] = 0.0
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield Rehearsal(task, training, device, lambda n: task.batch(np.arange(n)), True, _averages(task, training))
+    finally:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.state = state
+        for group, rate in rates:
+            group["lr"] = rate
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        for network in networks:
+            network.zero_grad(set_to_none=True)
+
+
+def _averages(task: Task, training: Training) -> list[list[Tensor]]:
+    return [[v.detach().clone() for v in weights_of(p.network).values()] for p in task.phases if training.ema]
