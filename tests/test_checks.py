@@ -1,24 +1,31 @@
 """Checks: intervals, likelihood, baselines and copying, each against an independent computation."""
 
+import hashlib
+import json
 import lzma
 import math
+import shutil
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import checked
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from handmill import folder
 from handmill.checks import baselines, likelihood, memorisation
+from handmill.checks import text as checks
 from handmill.checks.characters import END, Spelling, documents, of, string
 from handmill.checks.intervals import Figure, block_ratio, difference, ratio, share, wilson
 from handmill.errors import UserError
 from handmill.media.tokenizers import BPESettings, ByteSettings, CharacterSettings, train
 from handmill.networks.decoder import Decoder, Settings
+from handmill.verbs.check import check
 
 CPU = torch.device("cpu")
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), min_size=1, max_size=8)
@@ -102,6 +109,7 @@ def test_share_where_all_units_agree_still_has_width():
     assert "Wilson" in none.method
     assert some.low < 0.05 < some.high
     assert "bootstrap" in some.method
+    assert "Wilson" in share([10, 0] * 8, [100] * 16, 1).method  # too few to draw from
 
 
 # characters
@@ -380,3 +388,166 @@ def test_rolling_hash_against_the_sum(codes, data):
     found = memorisation.rolling_hash(np.array(codes, np.int32), length, base)
     for i, value in enumerate(found.tolist()):
         assert value == sum(codes[i + j] * base ** (length - 1 - j) for j in range(length)) % 2**64
+
+
+# the whole check
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return checked.write(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def result(model):
+    return check(model, progress=False)
+
+
+def test_check_of_an_untrained_model_says_so_and_is_recorded(model, result):
+    receipt = folder.verify(model)
+    assert receipt["check"] == json.loads(json.dumps(result))
+    assert result["verdict"]["better_than_trigram"] is False
+    assert result["verdict"]["better_than_xz"] is False
+    assert result["verdict"]["copies"] is False
+    assert result["verdict"]["good"] is False
+    assert "worse than a trigram model; worse than xz" in result["verdict"]["text"]
+    held = result["held_out"]
+    assert (held["split"], held["whole"]) == ("test", True)
+    assert held["documents"] >= 20
+    assert held["tokens"] == held["bytes"] + held["documents"]
+
+
+def test_figures_of_the_check_against_the_text_itself(model, result):
+    loaded = folder.load(model)
+    tokens = np.fromfile(model / "data/test.tokens", "<u2").astype(int)
+    nats, documents = 0.0, np.split(tokens, np.flatnonzero(tokens == 256))[1:]
+    for document in documents:
+        sequence = [*document.tolist(), 256]
+        nats += slowly(loaded.network, sequence, 32, 16)
+    known = sum(len(document) - 1 for document in documents)
+    found = result["likelihood"]
+    assert found["bits_per_byte"]["value"] == pytest.approx(nats / math.log(2) / known, rel=1e-5)
+    assert found["perplexity"]["value"] == pytest.approx(math.exp(nats / (known + len(documents))), rel=1e-4)
+    assert found["bits_per_byte"]["low"] < found["bits_per_byte"]["value"] < found["bits_per_byte"]["high"]
+    assert found["bits_per_byte"]["n"] == len(documents)
+    trigram, train = result["baselines"]["trigram"], checks.training_split(loaded)
+    texts = [bytes(d[1:].tolist()).decode() for d in documents]
+    train_texts = train.codec().decode(train.tokens("train")).split(".")  # each line ends in its only full stop
+    slow = baselines.Trigram(np.append(training_codes(*(t + "." for t in train_texts if t))[1:], END))
+    expected = sum(slow.nats(np.append(of(t), END).astype(np.int32)).sum() for t in texts) / math.log(2) / known
+    assert trigram["bits_per_byte"]["value"] == pytest.approx(expected, rel=1e-9)
+    gap = trigram["bits_per_character"]["value"] - found["bits_per_character"]["value"]
+    assert trigram["model_saves_bits_per_character"]["value"] == pytest.approx(gap)
+    xz = [result["baselines"][name]["bits_per_byte"]["value"] for name in ("xz_trained", "xz")]
+    assert xz[0] < xz[1]
+
+
+def test_samples_are_kept_and_the_check_repeats_itself(model, result):
+    file = model / result["samples"]["file"]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == result["samples"]["count"] == 8
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == result["samples"]["sha256"]
+    again = check(shutil.copytree(model, model.parent / "again"), progress=False)
+    for part in ("likelihood", "baselines", "copying", "samples"):
+        assert again[part] == result[part]
+
+
+def test_lines_show_the_figures(result):
+    shown = "\n".join(checks.lines(result))
+    for figure in (result["likelihood"]["bits_per_character"], result["baselines"]["trigram"]["bits_per_character"]):
+        assert f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" in shown
+    assert result["verdict"]["text"] in shown
+
+
+def test_a_model_that_recites_is_found_out(model):
+    loaded = folder.load(model)
+    ground = checks._ground(loaded, checks.Settings(lengths=(16, 32)), progress=False)
+    training = loaded.codec.decode(ground.training).split(".")
+    recited = checks._copying(ground, [line.strip() for line in training[:30]])
+    assert recited["more_at"] == recited["much_more_at"] == [16, 32]
+    assert recited["lengths"]["32"]["generated"]["value"] == 1
+    assert recited["lengths"]["32"]["held_out"]["value"] < 0.2
+    fresh = checks._copying(ground, [line[::-1] for line in checked.sentences(30, 7)])
+    assert fresh["more_at"] == []
+    assert fresh["lengths"]["16"]["generated"]["value"] == 0
+    held_out = loaded.codec.decode(ground.held_out).split(".")
+    assert checks._copying(ground, held_out[:30])["more_at"] == []
+
+
+def copying(more=(), much_more=()):
+    return {"more_at": list(more), "much_more_at": list(much_more), "margin": 0.01}
+
+
+@pytest.mark.parametrize(("low", "high", "model_low", "model_high", "expected"), [
+    (0.1, 0.3, 1.4, 1.6, (True, True, "better than a trigram model; better than xz")),
+    (-0.3, -0.1, 2.4, 2.6, (False, False, "worse than a trigram model; worse than xz")),
+    (-0.1, 0.1, 1.9, 2.1, (None, None, "not shown to be better than a trigram model; not shown to be better than xz")),
+    (None, None, None, None, (None, None, "not shown to be better than a trigram model; not shown to be better"))])
+def test_verdict_says_no_more_than_the_intervals_do(low, high, model_low, model_high, expected):
+    value = {"bits_per_character": {"value": 2.0, "low": model_low, "high": model_high}}
+    trigram = {"model_saves_bits_per_character": {"value": 0.0, "low": low, "high": high}}
+    reached = {"trigram": trigram, "xz": {"bits_per_character": {"value": 2.5}},
+               "xz_trained": {"bits_per_character": {"value": 2.0}}}
+    found = checks.verdict({"likelihood": value, "baselines": reached, "copying": copying()})
+    assert (found["better_than_trigram"], found["better_than_xz"]) == expected[:2]
+    assert found["text"].startswith(expected[2])
+    assert found["good"] is (expected[0] is True)
+    for row, copies, words in ((copying([16]), False, "slightly more"), (copying([16, 64], [64]), True, "copies: ")):
+        found = checks.verdict({"likelihood": value, "baselines": reached, "copying": row})
+        assert found["copies"] is copies
+        assert words in found["text"]
+        assert found["good"] is (expected[0] is True and not copies)
+
+
+def test_excerpts_are_held_out_text_of_the_samples_length():
+    held_out, made = [of("abcdefghij"), of("xy"), of("klmnopqrstuvwxyz")], [of("?" * n) for n in (5, 12, 40)]
+    excerpts = checks._excerpts(held_out, made, 1)
+    assert sum(map(len, excerpts)) >= 57
+    assert [len(e) for e in excerpts[:2]] == [5, 12]
+    assert all(any(string(e) in string(h) for h in held_out) for e in excerpts)
+    assert max(map(len, excerpts)) == 16  # no document is longer
+
+
+def test_moved_folder_measures_what_it_can_and_keeps_the_rest(model, result, tmp_path):
+    moved = shutil.copytree(model, tmp_path / "moved")
+    kept = check(moved, progress=False)
+    assert kept["likelihood"] == result["likelihood"]
+    assert kept["carried"] == {"created": folder.read_receipt(model)["check"]["created"],
+                               "parts": ["trigram", "xz_trained", "copying"]}
+    assert kept["copying"] == json.loads(json.dumps(result["copying"]))
+    again = check(moved, progress=False)
+    assert again["carried"] == kept["carried"]  # still the date of the measurement
+    bare = check(moved, progress=False, samples=2, tokens=500)  # other settings: nothing to carry
+    assert bare["copying"] == bare["baselines"]["trigram"] == {"missing": checks.NO_TRAINING_DATA}
+    assert bare["verdict"]["better_than_trigram"] is None
+    assert bare["verdict"]["copies"] is None
+    assert bare["verdict"]["good"] is False
+    assert bare["held_out"]["tokens"] == 500
+    assert "not measured: training data is not on this machine" in "\n".join(checks.lines(bare))
+
+
+def test_one_long_text_is_measured_by_blocks_of_windows(tmp_path):
+    path = checked.write(tmp_path, "long", codec="character", data={"document": "file", "split": "tail"})
+    found = check(path, progress=False, samples=0)
+    assert found["held_out"]["documents"] == 1
+    assert "blocks" in found["likelihood"]["bits_per_character"]["method"]
+    assert found["likelihood"]["bits_per_character"]["n"] > 100
+    assert found["copying"] == {"missing": checks.NO_SAMPLES}
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ({"stride": 33}, r"check\.stride = 33"), ({"tokns": 5}, "did you mean check.tokens"), ({"lengths": []}, "lengths"),
+    ({"samples": -1}, "samples = -1"), ({"tokens": "many"}, "check.tokens")])
+def test_wrong_settings_of_the_check_are_named(model, override, said):
+    with pytest.raises(UserError, match=said):
+        check(model, progress=False, **override)
+
+
+def test_model_without_held_out_data_says_what_to_do(model, tmp_path):
+    bare = shutil.copytree(model, tmp_path / "bare")
+    shutil.rmtree(bare / "data")
+    receipt = folder.read_receipt(bare)
+    receipt["files"] = {k: v for k, v in receipt["files"].items() if not k.startswith("data/")}
+    (bare / "receipt.json").write_text(json.dumps(receipt))
+    with pytest.raises(UserError, match=r"data\.json"):
+        check(bare, progress=False)

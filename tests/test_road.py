@@ -59,7 +59,8 @@ def test_the_whole_road(trained: Path, texts: Path) -> None:
         assert (trained / name).stat().st_size > 0, name
     receipt = json.loads((trained / "receipt.json").read_text())["training"]
     assert receipt["steps"] == 40
-    assert receipt["plan"]["predicted"].keys() == receipt["plan"]["actual"].keys()
+    for key in ("seconds", "memory_bytes"):
+        assert 0 < receipt["plan"]["predicted"][key] < 100 * receipt["plan"]["actual"][key]
     checked = handmill("check", trained, "samples=4", "sample_tokens=40")
     assert checked.returncode == 0, checked.stderr
     assert "xz" in checked.stdout

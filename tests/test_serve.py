@@ -160,6 +160,12 @@ def test_echo_stop_and_finish(address: str) -> None:
     assert [event["choices"][0]["finish_reason"] for event in events] == [None] * (len(events) - 1) + ["stop"]
 
 
+def test_neutral_fields_of_other_clients_are_taken(address: str) -> None:
+    neutral = {"logprobs": None, "suffix": None, "best_of": 1, "frequency_penalty": 0.0, "presence_penalty": 0,
+               "logit_bias": {}, "user": "someone"}
+    assert ask(address, seed=1, **neutral).json()["choices"] == ask(address, seed=1).json()["choices"]
+
+
 def test_a_prompt_may_be_empty(address: str, models: dict[str, Model]) -> None:
     assert ask(address, prompt="", seed=1).json()["choices"][0]["text"] == generate(models["tiny"], [""], seed=1)[0]
 
@@ -168,7 +174,8 @@ def test_a_prompt_may_be_empty(address: str, models: dict[str, Model]) -> None:
 
 @pytest.mark.parametrize(("fields", "status", "says"), [
     ({"logprobs": 1}, 400, "logprobs"), ({"suffix": "x"}, 400, "suffix"), ({"best_of": 3}, 400, "best_of"),
-    ({"frequency_penalty": 1}, 400, "frequency_penalty"), ({"temprature": 1}, 400, "temprature"),
+    ({"frequency_penalty": 1}, 400, "not supported"), ({"temprature": 1}, 400, "did you mean temperature?"),
+    ({"logit_bias": {"5": 1}}, 400, "logit_bias"), ({"tempo": None}, 400, "tempo is not supported"),
     ({"n": 7}, 400, "from 1 to 6"), ({"n": 0}, 400, "n: "), ({"prompt": []}, 400, "from 1 to 6"),
     ({"prompt": ["a"] * 4, "n": 2}, 400, "from 1 to 6"), ({"prompt": [1, 2]}, 400, "prompt"),
     ({"max_tokens": 0}, 400, "max_tokens"), ({"max_tokens": 501}, 400, "max_tokens is above 500"),
@@ -216,7 +223,8 @@ def test_health_and_the_description(address: str) -> None:
     page = httpx.get(address, follow_redirects=True)
     assert page.url.path == "/docs"
     assert all(f"<code>{name}</code>" in page.text for name in fields)
-    assert "http://127.0.0.1:8000/v1/completions" in page.text
+    assert f"curl -s {address}/v1/completions" in page.text
+    assert "What is left out is as in the model&#x27;s recipe" in page.text
     assert "src=" not in page.text  # the page loads nothing
     assert "<script" not in page.text
     assert "<link" not in page.text

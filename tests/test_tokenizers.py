@@ -119,12 +119,22 @@ def test_words_are_the_text(text: str) -> None:
 @settings(deadline=None, max_examples=200)
 def test_learnt_merges_are_those_of_a_plain_implementation(texts: list[str], merges: int) -> None:
     words = tokenizers.count_words(texts)
-    assert learn(words, merges) == _plain_merges(words, merges)
+    assert learn(words, merges).merges == _plain_merges(words, merges)
 
 
 def test_learning_on_real_text_is_that_of_a_plain_implementation() -> None:
     words = tokenizers.count_words([TEXT, Path(__file__).read_text(encoding="utf-8")])
-    assert learn(words, 120) == _plain_merges(words, 120)
+    assert learn(words, 120).merges == _plain_merges(words, 120)
+
+
+@given(st.lists(st.text("aabbcé \n", min_size=1), max_size=5), st.integers(0, 12))
+@settings(deadline=None, max_examples=200)
+def test_words_known_from_learning_are_as_encoded_afresh(texts: list[str], merges: int) -> None:
+    texts.append("ab" * 300 + " " + "é" * 200)  # too long to be known
+    codec = tokenizers.train(BPESettings(vocabulary=257 + merges), texts)
+    fresh = Tokenizer("bpe", merges=codec.merges)
+    for content in (*texts, "unseen ab"):
+        assert codec.encode(content).tolist() == fresh.encode(content).tolist()
 
 
 def test_no_two_tokens_have_the_same_bytes() -> None:

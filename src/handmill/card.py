@@ -172,9 +172,11 @@ def _plan(plan: dict[str, Any] | None) -> list[Block]:
     if not plan:
         return [Text("Not recorded: what the plan predicted.")]
     rows: list[Row] = [("", "planned", "actual")]
-    for key, form in (("seconds", duration), ("memory_bytes", size), ("disk_bytes", size)):
-        pair = [plan.get(side, {}).get(key) for side in ("predicted", "actual")]
-        rows.append((key.partition("_")[0], *("not recorded" if x is None else form(x) for x in pair)))
+    sides = [plan.get(side, {}) for side in ("predicted", "actual")]
+    for key in dict.fromkeys(key for side in sides for key in side):
+        form = duration if key.endswith("seconds") else size if key.endswith("bytes") else str
+        name = key.removesuffix("_bytes").replace("_", " ")
+        rows.append((name, *("not recorded" if side.get(key) is None else form(side[key]) for side in sides)))
     return [Table(rows)]
 
 

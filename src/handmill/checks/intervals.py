@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 LEVEL = 0.95  # of every interval in a receipt
 RESAMPLES = 2000  # the percentiles of 2000 resamples move by about 1 % of the interval's width
-FEW = 20  # fewer documents than this do not show their spread: blocks of windows are drawn instead
+FEW = 20  # fewer documents or samples than this do not show their spread well enough to be drawn from
 FEWEST = 8  # fewer units than this show no spread at all: no interval
 
 
@@ -89,7 +89,7 @@ def share(hits: ArrayLike, tries: ArrayLike, seed: int, level: float = LEVEL,
     assert (top <= bottom).all()
     assert (top >= 0).all()
     value, n = _share(top, bottom), len(top)
-    if n < FEWEST or value in (0.0, 1.0):
+    if n < FEW or value in (0.0, 1.0):
         return Figure(value, *wilson(value * n, n, level), n, f"Wilson 1927 for {unit}")
     return ratio(top, bottom, seed, level, unit)
 

@@ -30,6 +30,7 @@ from handmill.recipe import positive
 NO_TRAINING_DATA = "not measured: training data is not on this machine"
 NO_SAMPLES = "not measured: check.samples is 0"
 SAMPLES = "samples/check.jsonl"  # in the model folder
+MARGIN = 0.01  # of a text's windows: every model repeats common phrases a little more often than people do
 _AT_ONCE = 64  # samples
 _EXCERPTS = 10_000  # at most
 
@@ -92,8 +93,9 @@ def run(model: Model, settings: Settings, progress: bool = True) -> dict[str, An
     model_figures, baseline_figures = _likelihood(ground, scores), _baselines(ground, scores)
     samples = _samples(ground)
     result = {
-        "seed": ground.seed, "settings": asdict(settings) | {"lengths": list(settings.lengths)}, "weights": _weights(model),
-        "held_out": _held_out(ground, scores), "likelihood": model_figures, "baselines": baseline_figures,
+        "seed": ground.seed, "settings": asdict(settings) | {"lengths": list(settings.lengths)},
+        "weights": _weights(model), "held_out": _held_out(ground, scores),
+        "likelihood": model_figures, "baselines": baseline_figures,
         "samples": _save(model.path, samples, ground), "copying": _copying(ground, samples),
     }
     return result | {"verdict": verdict(result), "seconds": time.perf_counter() - started}
@@ -255,6 +257,7 @@ def _copying(ground: _Ground, samples: list[str]) -> dict[str, Any]:
              for length, count in counts.items()}
     return {"unit": "characters", "samples": len(made), "held_out_excerpts": len(excerpts), "lengths": found,
             "more_at": [int(length) for length, row in found.items() if row.get("more")],
+            "much_more_at": [int(length) for length, row in found.items() if row.get("much_more")], "margin": MARGIN,
             "longest": None if longest is None else longest._asdict()}
 
 
@@ -276,7 +279,7 @@ def _excerpts(texts: list[Codes], made: list[Codes], seed: int) -> list[Codes]:
 
 
 def _compare(count: memorisation.Counts, made: int, lengths: int, seed: int) -> dict[str, Any]:
-    """Copied shares of generated and held-out text, and whether the first is shown to be above the second.
+    """Copied shares of generated and held-out text, and whether the first is shown to be more, and much more.
 
     The difference has an interval so wide that it holds at all lengths together (Bonferroni).
     """
@@ -288,7 +291,8 @@ def _compare(count: memorisation.Counts, made: int, lengths: int, seed: int) -> 
     apart = difference(*(_share(*half, seed, level) for half in halves))
     return {"generated": generated.plain() | {"windows": int(halves[0][1].sum())},
             "held_out": held_out.plain() | {"windows": int(halves[1][1].sum())},
-            "difference": apart.plain() | {"level": level}, "more": apart.low is not None and apart.low > 0}
+            "difference": apart.plain() | {"level": level}, "more": apart.low is not None and apart.low > 0,
+            "much_more": apart.low is not None and apart.low > MARGIN}
 
 
 def _share(found: NDArray[np.int64], windows: NDArray[np.int64], seed: int, level: float) -> Figure:

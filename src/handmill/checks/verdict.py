@@ -8,12 +8,15 @@ _NAMES = {"trigram": "trigram model", "xz": "xz", "xz_trained": "xz after traini
 def verdict(result: dict[str, Any]) -> dict[str, Any]:
     """Plain words and their grounds. None: could not be measured, or too little text to tell.
 
+    `copies` is true where the share of generated text found in the training text is shown to lie above that of
+    held-out text by more than the margin, at any length.
+
     `good` is true only where the model is shown to be better than a trigram model and than xz, and no copier.
     """
     trigram, worse = _against_trigram(result["baselines"]["trigram"])
     xz, worse_than_xz = _against_xz(result)
     copying = result["copying"]
-    copies = None if "missing" in copying else bool(copying["more_at"])
+    copies = None if "missing" in copying else bool(copying["much_more_at"])
     words = [_words("a trigram model", trigram, worse, result["baselines"]["trigram"].get("missing")),
              _words("xz", xz, worse_than_xz, None), _copies(copying)]
     return {"text": "; ".join(words), "better_than_trigram": trigram, "better_than_xz": xz, "copies": copies,
@@ -102,9 +105,13 @@ def _words(rival: str, better: bool | None, worse: bool, missing: str | None) ->
 def _copies(copying: dict[str, Any]) -> str:
     if "missing" in copying:
         return f"copying {copying['missing']}"
+    if copying["much_more_at"]:
+        at = ", ".join(map(str, copying["much_more_at"]))
+        return f"copies: repeats its training text more than held-out text does (at {at} characters in a row)"
     if copying["more_at"]:
         at = ", ".join(map(str, copying["more_at"]))
-        return f"repeats its training text more than held-out text does (at {at} characters)"
+        return (f"repeats its training text slightly more than held-out text does (at {at} characters in a row, not "
+                f"shown to be over {100 * copying['margin']:g} % of the text more)")
     return "not shown to repeat its training text more than held-out text does"
 
 

@@ -118,7 +118,10 @@ def write_split(folder: Path, split: str, codec: Tokenizer,
             about["characters"] += sum(map(len, documents))
             if codec.unknown is not None:
                 about["unknown"] += int((tokens == codec.unknown).sum())
-    np.save(folder / f"{split}.starts.npy", np.concatenate(starts))
+    with (folder / f"{split}.starts.npy").open("wb") as file:
+        places = np.concatenate(starts)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(places))
+        file.write(places.data)  # np.save's own writing hides why it failed
     return about
 
 

@@ -43,6 +43,7 @@ def by_place(sizes: Ints, validation: float, test: float) -> Parts:
     _enough(len(sizes), test)
     ends, total = np.cumsum(sizes), sizes.sum()
     cut = int(np.searchsorted(ends, total * (1 - test), side="right")) if test else len(sizes)
+    cut = min(cut, len(sizes) - 1) if test else cut
     middle = max(1, min(cut - 1, int(np.searchsorted(ends, total * (1 - test - validation), side="right"))))
     cut = max(cut, middle + 1)
     numbers = np.arange(len(sizes))

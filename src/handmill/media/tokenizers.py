@@ -17,13 +17,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from handmill.errors import UserError
 from handmill.recipe import positive
+
+if TYPE_CHECKING:
+    from handmill.data.merges import Learnt
 
 FORMAT = "handmill-tokenizer/1"
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
@@ -109,6 +112,11 @@ class Tokenizer:
         values = tokens if isinstance(tokens, np.ndarray) else np.fromiter(map(int, tokens), np.int64)
         return int(self._lengths[values].sum())
 
+    def know(self, learnt: "Learnt") -> None:
+        """Take over the tokens of the words that the merges were learnt from, which would be found again."""
+        self._words.tokens, self._words.bounds = learnt.tokens, learnt.bounds
+        self._words.update({word.decode(): number for number, word in enumerate(learnt.words)})
+
     def save(self, folder: Path) -> None:
         """Write `folder`/tokenizer.json."""
         content: dict[str, Any] = {"format": FORMAT, "kind": self.kind, "size": self.size, "end": self.end}
@@ -157,7 +165,10 @@ def train(settings: Any, texts: Iterable[str]) -> Tokenizer:
         return Tokenizer("byte")
     from handmill.data.merges import learn
 
-    return Tokenizer("bpe", merges=learn(count_words(texts), settings.vocabulary - 257))
+    learnt = learn(count_words(texts), settings.vocabulary - 257)
+    codec = Tokenizer("bpe", merges=learnt.merges)
+    codec.know(learnt)
+    return codec
 
 
 def split(text: str) -> list[str]:

@@ -10,8 +10,8 @@ _STYLE = ("body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem a
           "pre{background:#8882;padding:.8rem;overflow:auto}code{font-size:.95em}")
 
 
-def render(schema: dict[str, Any], models: Sequence[str]) -> str:
-    """The page for an OpenAPI description (what /openapi.json holds) and the names of the models served."""
+def render(schema: dict[str, Any], models: Sequence[str], base: str) -> str:
+    """The page for an OpenAPI description, the names of the models served, and the server's address."""
     parts = ["<!doctype html><html lang=en><meta charset=utf-8><title>Handmill</title>",
              f"<style>{_STYLE}</style>",
              f"<h1>Handmill {escape(schema['info']['version'])}</h1>",
@@ -23,7 +23,8 @@ def render(schema: dict[str, Any], models: Sequence[str]) -> str:
                          f"<p>{escape(operation['summary'])}.</p>")
             reference = _body(operation)
             if reference:
-                parts += [_example(path, models), _fields(schema["components"]["schemas"], reference)]
+                parts.append(_example(base.rstrip("/") + path, models[0]))
+                parts.append(_fields(schema["components"]["schemas"], reference))
     return "\n".join(parts)
 
 
@@ -34,9 +35,9 @@ def _body(operation: dict[str, Any]) -> str:
     return reference.rpartition("/")[2]
 
 
-def _example(path: str, models: Sequence[str]) -> str:
-    body = json.dumps({"model": models[0], "prompt": "Once", "max_tokens": 100, "seed": 1})
-    lines = f"curl -s http://127.0.0.1:8000{path} \\\n  -H 'Content-Type: application/json' \\\n  -d '{body}'"
+def _example(address: str, model: str) -> str:
+    body = json.dumps({"model": model, "prompt": "", "max_tokens": 100, "seed": 1})
+    lines = f"curl -s {address} \\\n  -H 'Content-Type: application/json' \\\n  -d '{body}'"
     return f"<pre>{escape(lines)}</pre>"
 
 
@@ -49,7 +50,8 @@ def _fields(schemas: dict[str, Any], name: str) -> str:
         cells = (f"<code>{escape(field)}</code>", escape(_kind(about)), f"<code>{escape(default)}</code>",
                  escape(about.get("description", "")))
         rows.append("".join(f"<td>{cell}" for cell in cells))
-    return f"<table><tr><th>field<th>type<th>default<th>{''.join(f'<tr>{row}' for row in rows)}</table>"
+    title = f"<p>{escape(schemas[name].get('description', ''))}</p>"
+    return f"{title}<table><tr><th>field<th>type<th>default<th>{''.join(f'<tr>{row}' for row in rows)}</table>"
 
 
 def _kind(about: dict[str, Any]) -> str:

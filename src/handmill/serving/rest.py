@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
+from difflib import get_close_matches
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -28,6 +29,9 @@ from handmill.folder import Model
 from handmill.serving.engine import Busy, Engine, Job, Limits
 from handmill.serving.page import render
 
+# what OpenAI's interface has and this one has not, with the values that some clients send without meaning anything
+NEUTRAL: dict[str, Any] = {"logprobs": None, "suffix": None, "best_of": 1, "frequency_penalty": 0,
+                           "presence_penalty": 0, "logit_bias": {}}
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")
 
 
@@ -41,7 +45,7 @@ class StreamOptions(BaseModel):
 class Completion(BaseModel):
     """A request for text. What is left out is as in the model's recipe, under [sampling]."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")  # `_no_others` says which
     model: str = Field(description="a name that /v1/models lists")
     prompt: str | list[str] = Field("", description="text to continue, or several; empty: a new document")
     max_tokens: int | None = Field(None, ge=1, description="new tokens a sample")
@@ -70,6 +74,7 @@ class Answer:
     """One request on its way: its checked settings, its job, and the chunks made of its pieces."""
 
     def __init__(self, asked: Completion, model: Model, limits: Limits) -> None:
+        _no_others(asked)
         prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
         if not prompts or len(prompts) * asked.n > limits.samples:
             raise Refusal(400, f"prompts times n must be from 1 to {limits.samples}", "n")
@@ -187,6 +192,15 @@ def _submit(answer: Answer, model: Model, engine: Engine, request: Request) -> A
     return pieces()
 
 
+def _no_others(asked: Completion) -> None:
+    """Refuse fields that would be ignored, so that no client believes they were obeyed."""
+    for name, value in (asked.model_extra or {}).items():
+        if name not in NEUTRAL or value not in (None, NEUTRAL[name]):
+            hint = get_close_matches(name, Completion.model_fields, 1)
+            raise Refusal(400, f"{name} is not supported here"
+                          + (f", did you mean {hint[0]}?" if hint else ": leave it out"), name)
+
+
 def _sampling(asked: Completion, model: Model, limits: Limits) -> Sampling:
     """The recipe's [sampling] table with what the request says in its place."""
     values = {name: getattr(asked, name) for name in SAMPLING if getattr(asked, name) is not None}
@@ -236,8 +250,8 @@ def _describe(app: FastAPI, models: Mapping[str, Model], engine: Engine) -> None
         return {"status": "ok", "models": list(models), "waiting": engine.waiting}
 
     @app.get("/docs", include_in_schema=False)
-    def docs() -> HTMLResponse:
-        return HTMLResponse(render(app.openapi(), list(models)))
+    def docs(request: Request) -> HTMLResponse:
+        return HTMLResponse(render(app.openapi(), list(models), str(request.base_url)))
 
     @app.get("/", include_in_schema=False)
     def root() -> RedirectResponse:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-PAGES = 4096  # bytes; below a page a limit means "none" nowhere, above 2^60 it means "none" everywhere
-UNLIMITED = 1 << 60
+UNLIMITED = 1 << 60  # bytes; what version 1 of control groups says for no limit is above it
 
 
 def used(device: torch.device) -> int:
@@ -63,7 +62,8 @@ def _group_room(table: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys
         if not controllers:
             top, limit, now, idle = root, "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
-            top, limit, now, idle = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            top, limit, now = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            idle = "total_inactive_file"
         else:
             continue
         group = top / path.lstrip("/")

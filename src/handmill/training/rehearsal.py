@@ -84,8 +84,9 @@ class Rehearsal:
 
     def tracked(self, work: Callable[[], object]) -> int:
         """Bytes of tensors on the device at the worst moment of `work()`, weights, optimizers and averages included."""
-        held = [x for p in self.task.phases for x in (p.network, *p.optimizers)]
-        return memory.tracked(work, [*held, *(t for a in self.averages for t in a)], self.device)
+        phases = self.task.phases
+        networks, optimizers = [p.network for p in phases], [o for p in phases for o in p.optimizers]
+        return memory.tracked(work, [*networks, *optimizers, *(t for a in self.averages for t in a)], self.device)
 
     def parts(self) -> list[int]:
         """Bytes of each file of a checkpoint: weights, averages and optimizer states, as far as they exist yet."""

@@ -1,0 +1,479 @@
+"""The plan of a run, made before it trains: memory, time and disk, and the arithmetic that is fastest here.
+
+Memory is what MemTracker counts in a training step, an evaluation and a save; the worst of them is planned for. A step
+that might not fit is tracked with tensors that hold no data (FakeTensorMode), so that planning never takes what it
+plans. Only a step far below the free memory is tracked on the real ones, which is quicker. Time is that of real steps.
+
+An element is one item of a batch, such as the sequence of a text model.
+"""
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from handmill.errors import UserError
+from handmill.recipe import Recipe, Training
+from handmill.training import checkpoint, distributed, memory
+from handmill.training.loop import Choices, Progress, Task, evaluating
+from handmill.training.monitor import duration, size
+from handmill.training.precision import compiler_found, worth_compiling
+from handmill.training.rehearsal import Rehearsal, rehearsing
+
+SPARE = 0.05  # of the free memory, left to what no plan sees
+SMALL = 0.25  # of the free memory: a step surely below it is tracked on the real tensors
+SMALL_STEP = 5e10  # floating-point operations, a second on an old machine
+ACTIVATIONS = 8  # times the inputs and outputs of every matrix: more than training keeps of them
+TRACKED_ITEMS = 1 << 18  # a batch with more is extrapolated: need is linear long before
+PROBE_SHARE, PROBE_SECONDS = 0.004, 2.0  # of the run, and at most: the repeats of one probe
+SLOWER = 1.25  # times as slow, and a single repeat has settled it
+FASTER = 0.95  # of the eager step: less than this and the compiled one is kept
+WRITTEN = 8 << 20  # bytes that time a save, at most
+LINE = 200  # bytes of metrics.jsonl a step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need, in bytes and seconds; of this process where there are many."""
+
+    choices: Choices
+    parameters: int
+    steps: int
+    step_seconds: float
+    evaluate_seconds: float  # of one evaluation
+    save_seconds: float  # of one checkpoint
+    sample_seconds: float  # of one sample on the screen
+    seconds: float  # of all steps, evaluations, checkpoints and samples
+    memory_bytes: int  # of the process, or of the GPU, at the worst moment
+    memory_limit: int  # what it could have at most
+    memory_tracked: str  # "without data" or "on real tensors"
+    disk_bytes: int
+    disk_free: int
+    largest_batch: int  # elements a step that fit without accumulation, over all processes
+    reasons: list[str]  # how precision, compilation and micro-batches were chosen, a sentence each
+    fault: str = ""  # why this run cannot be done, and the remedy
+
+    def predicted(self) -> dict[str, Any]:
+        """What the receipt puts beside `actual`."""
+        return {"seconds": self.seconds, "memory_bytes": self.memory_bytes, "disk_bytes": self.disk_bytes}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned, and what there is for it."""
+
+    recipe: Recipe
+    task: Task
+    device: torch.device
+    out: Path
+    kept: Choices | None  # of the run that is gone on with
+    room: int  # bytes this process can still take
+
+    @property
+    def training(self) -> Training:
+        return self.recipe.training
+
+    @property
+    def share(self) -> int:
+        """Elements of a batch that are this process's."""
+        return -(-self.training.batch // distributed.world())
+
+    @property
+    def micro_batch(self) -> int:
+        """Elements a pass, as asked for."""
+        return min(self._asked or self.share, self.share)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the micro-batch may not be changed."""
+        return bool(self.kept or self._asked)
+
+    @property
+    def _asked(self) -> int:
+        return self.kept.micro_batch if self.kept else self.training.micro_batch
+
+    def choices(self, precision: str, micro_batch: int) -> Choices:
+        return self.kept or Choices(precision, False, micro_batch if micro_batch < self.share else self._asked)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a run in one precision takes."""
+
+    micro_batch: int  # elements a pass; 0: does not fit
+    beyond: int  # bytes beyond what the process has before training
+    largest: int  # elements of the largest batch that fits in one pass
+    parts: tuple[int, ...]  # bytes of a checkpoint's files
+    remedy: int = 0  # a micro-batch that would fit in the place of the one asked for
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured, in seconds."""
+
+    choices: Choices
+    passes: float  # forward and backward passes of a step
+    update: float  # the rest of it
+    elements: int  # that one measured pass had
+
+    @property
+    def step(self) -> float:
+        return self.passes + self.update
+
+
+class Need:
+    """Bytes of tensors on the device, at the worst moments of a run with these choices."""
+
+    def __init__(self, rehearsal: Rehearsal, choices: Choices, at_once: int) -> None:
+        self.rehearsal, self.choices, self.at_once = rehearsal, choices, at_once
+        self.steps: dict[tuple[int, int], int] = {}
+        self.weights = sum(memory.size_of(p.network.parameters()) for p in rehearsal.task.phases)
+        self.element = rehearsal.fetch(1).nbytes if rehearsal.device.type == "cpu" else 0
+
+    def step(self, elements: int, cuts: int) -> int:
+        """In a step of `cuts` micro-batches of `elements`."""
+        most = max(2, TRACKED_ITEMS // self.rehearsal.task.items)
+        if elements > most:
+            a, b = self.step(most // 2, cuts), self.step(most, cuts)
+            return b + (b - a) * (elements - most) // (most - most // 2)
+        if (elements, cuts) not in self.steps:
+            self.steps[elements, cuts] = self.rehearsal.tracked(
+                lambda: self.rehearsal.step(self.choices, elements, cuts))
+        return self.steps[elements, cuts]
+
+    @cached_property
+    def evaluation(self) -> int:
+        """In an evaluation; where averages stand in for the weights, these are kept aside."""
+        aside = self.weights if self.rehearsal.averages else 0
+        return aside + self.rehearsal.tracked(lambda: self.rehearsal.evaluate(self.choices, self.at_once))
+
+    @cached_property
+    def saving(self) -> int:
+        """While a checkpoint, and at the end the model folder, is written from copies."""
+        parts = self.rehearsal.parts()
+        copies = max(parts) if self.rehearsal.device.type == "cpu" else 0
+        return sum(parts) + max(copies, self.weights * (2 if self.rehearsal.averages else 1))
+
+    def beyond(self, elements: int, share: int) -> int:
+        """Beyond the weights, for `share` elements a step in micro-batches of `elements`."""
+        worst = max(self.step(elements, 2 if share > elements else 1), self.saving)
+        if not self.rehearsal.real:
+            worst = max(worst, self.evaluation)
+        batch = self.element * (share + elements) + (32 * share if self.element else 0)
+        return worst - self.weights + batch
+
+    def micro_batch(self, share: int, room: int) -> int:
+        """The largest micro-batch that divides `share` and fits into `room` bytes; 0 when none does."""
+        whole, alone = self.beyond(share, share), self.beyond(1, share)
+        if whole <= room:
+            return share
+        if alone > room:
+            return 0
+        most = 1 + (room - alone) * (share - 1) // max(1, whole - alone)  # on the chord, as the need is convex
+        return next(n for n in divisors(share) if n <= most and self.beyond(n, share) <= room)
+
+    def largest(self, room: int) -> int:
+        """The largest power of two of elements that fits in one pass, by tracking it; 0 when none does."""
+        few, many = self.beyond(1, 1), self.beyond(8, 8)
+        n = power_of_two(1 + (room - few) // max(1, (many - few) // 7))
+        while n and self.beyond(n, n) > room:
+            n //= 2
+        while n and self.beyond(2 * n, 2 * n) <= room:
+            n *= 2
+        return n
+
+    def about_largest(self, elements: int, room: int) -> int:
+        """`largest` from one step of `elements`: never too large, and at most a little too small."""
+        fixed = sum(self.rehearsal.parts()) - self.weights
+        return power_of_two((room - fixed) * elements // max(1, self.beyond(elements, elements) - fixed))
+
+
+def make(recipe: Recipe, network: nn.Module, task: Task, device: torch.device, out: Path,
+         choices: Choices | None = None, careful: bool = False) -> Plan:
+    """Plan the run of `recipe` into the folder `out`; `choices` are those of a run that is gone on with, and kept.
+
+    `careful` tracks without data whatever the size, and finds the largest batch by trying. What does not fit becomes
+    the plan's `fault`. Raises UserError when `out` cannot be written, or training.compile = "yes" cannot be done.
+    """
+    before, mapped = memory.used(device), memory.mapped(device)
+    job = Job(recipe, task, device, out, choices, int(memory.room(device) * (1 - SPARE)))
+    precisions = candidates(recipe.training, device, choices)
+    with rehearsing(task, recipe.training, device) as real:
+        small = not careful and is_small(job)
+        if small:
+            sizes = {p: Size(job.micro_batch, 0, 0, ()) for p in precisions}
+        else:
+            sizes = sizes_without_data(job, real, precisions)
+        fitting = {p: s.micro_batch for p, s in sizes.items() if s.micro_batch}
+        if fitting:
+            speed, reasons = fastest(job, real, fitting)
+            if small:
+                sizes[speed.choices.precision] = size_of(job, Need(real, speed.choices, 0))
+            speed, grown = compiled(job, real, speed, reasons)
+            grown += surplus(real, speed, mapped)
+            seconds = durations(job, real, speed, small)
+            size = sizes[speed.choices.precision]
+        else:
+            size = min(sizes.values(), key=lambda s: s.beyond)
+            speed, reasons, grown, seconds = Speed(job.choices(precisions[0], 0), 0, 0, 1), [], 0, (0.0, 0.0, 0.0)
+    if job.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(job.device)
+    return assemble(job, network, size, speed, seconds, reasons, before, grown, small)
+
+
+def assemble(job: Job, network: nn.Module, size: Size, speed: Speed, seconds: tuple[float, float, float],
+             reasons: list[str], before: int, grown: int, small: bool) -> Plan:
+    """The plan from what was tracked and measured; `before` and `grown` are bytes of the process beside the tensors."""
+    training, (evaluate, save, sample) = job.training, seconds
+    evaluations, saves = -(-training.steps // training.evaluate_every), -(-training.steps // training.save_every)
+    total = training.steps * speed.step + evaluations * evaluate + saves * save
+    total += sample * int(total / (training.sample_every + sample)) if sample else 0.0
+    needed = before + grown + size.beyond
+    kept = min(saves, training.keep) + (saves > training.keep)  # one more while it is written
+    disk = sum(size.parts) * kept + size.parts[0] + LINE * training.steps
+    free = shutil.disk_usage(existing(job.out)).free + written(job.out / "checkpoints")
+    plan = Plan(
+        choices=speed.choices, parameters=sum(p.numel() for p in network.parameters()), steps=training.steps,
+        step_seconds=speed.step, evaluate_seconds=evaluate, save_seconds=save, sample_seconds=sample, seconds=total,
+        memory_bytes=max(needed, memory.peak(job.device)), memory_limit=before + job.room,
+        memory_tracked="on real tensors" if small else "without data",
+        disk_bytes=disk, disk_free=free, largest_batch=size.largest * distributed.world(), reasons=reasons)
+    return replace(plan, fault=memory_fault(job, size, needed, plan.memory_limit) or disk_fault(job, plan))
+
+
+def refuse(plan: Plan, recipe: Recipe) -> None:
+    """Raise UserError when the run cannot be done: the sentence names the sizes and a setting that fits."""
+    if plan.fault:
+        raise UserError(plan.fault)
+
+
+def lines(plan: Plan) -> list[str]:
+    """The plan for the screen."""
+    evaluations = f"{duration(plan.evaluate_seconds)} an evaluation, {duration(plan.save_seconds)} a checkpoint"
+    table = [
+        ("parameters", f"{plan.parameters:,}"),
+        ("memory", f"{size(plan.memory_bytes)} of {size(plan.memory_limit)} (tracked {plan.memory_tracked})"),
+        ("largest batch", f"{plan.largest_batch:,} in one pass"),
+        ("disk", f"{size(plan.disk_bytes)} of {size(plan.disk_free)}"),
+        ("time", f"{duration(plan.seconds)}: {plan.steps:,} steps of {1000 * plan.step_seconds:.3g} ms, {evaluations}"
+         if plan.step_seconds else "not measured"),
+        *(("chosen", reason) for reason in plan.reasons),
+        *([("does not fit", plan.fault)] if plan.fault else []),
+    ]
+    return [f"{name:14s}{text}" for name, text in table]
+
+
+def actual(progress: Progress, setup: float) -> dict[str, Any]:
+    """What the run took, like with like: `seconds` of the loop, `setup_seconds` before it, `memory_bytes` at most."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return {"seconds": sum(progress.seconds.values()), "setup_seconds": setup, "memory_bytes": memory.peak(device)}
+
+
+def candidates(training: Training, device: torch.device, kept: Choices | None) -> list[str]:
+    """The precisions to try, the likelier one first."""
+    if kept or training.precision != "auto":
+        return [kept.precision if kept else training.precision]
+    half = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    return ["bf16", "fp32"] if half else ["fp32"]
+
+
+def held_out(task: Task, training: Training) -> tuple[int, int]:
+    """(items in an evaluation, elements in one pass of it)."""
+    items: int = getattr(task, "held_out", 0) or training.evaluate_tokens or 100_000
+    return items, getattr(task, "at_once", 0) or max(1, 8192 // task.items)
+
+
+def is_small(job: Job) -> bool:
+    """Whether a step surely takes little memory and time, by a bound that no network here reaches."""
+    parameters = [p for phase in job.task.phases for p in phase.network.parameters()]
+    ends = sum(p.shape[0] + p.shape[1] for p in parameters if p.ndim > 1)  # inputs and outputs of the matrices
+    elements = max(job.micro_batch, held_out(job.task, job.training)[1])
+    held = 4 * (ACTIVATIONS * ends * elements * job.task.items + 6 * sum(p.numel() for p in parameters))
+    whole = job.micro_batch == job.share and job.task.flops * job.task.items * job.share < SMALL_STEP
+    return job.device.type == "cpu" and whole and held < SMALL * job.room
+
+
+def sizes_without_data(job: Job, real: Rehearsal, precisions: list[str]) -> dict[str, Size]:
+    """The size of a run in each precision, from tensors that hold nothing."""
+    at_once = held_out(job.task, job.training)[1]
+    with real.without_data() as fake:
+        return {p: size_of(job, Need(fake, Choices(p), at_once)) for p in precisions}
+
+
+def size_of(job: Job, need: Need) -> Size:
+    """With the micro-batch that was asked for, or where that is free, the largest that fits."""
+    micro = job.micro_batch
+    if need.rehearsal.real:
+        beyond, largest = need.beyond(micro, job.share), need.about_largest(micro, job.room)
+        return Size(micro, beyond, largest, tuple(need.rehearsal.parts()))
+    if not job.fixed:
+        micro = need.micro_batch(job.share, job.room)
+    beyond = need.beyond(micro or 1, job.share)
+    fits = bool(micro) and beyond <= job.room
+    remedy = 0 if fits or not job.fixed or job.kept else need.micro_batch(job.share, job.room)
+    return Size(micro if fits else 0, beyond, need.largest(job.room), tuple(need.rehearsal.parts()), remedy)
+
+
+def fastest(job: Job, real: Rehearsal, fitting: Mapping[str, int]) -> tuple[Speed, list[str]]:
+    """The fastest of the precisions (each with its micro-batch), and the sentences that say why."""
+    best: Speed | None = None
+    seconds = {}
+    for precision, micro in fitting.items():
+        speed = measure(job, real, job.choices(precision, micro), micro, best)
+        seconds[precision] = speed.step
+        best = speed if best is None or speed.step < best.step else best
+    assert best is not None
+    chosen = best.choices.precision
+    others = [f"{p} takes {1000 * s:.3g} ms a step" for p, s in seconds.items() if p != chosen]
+    how = ", ".join([f"{chosen} at {1000 * best.step:.3g} ms a step", *others])
+    reasons = [how if others else how + (", as the run began" if job.kept else "")]
+    if job.choices(chosen, fitting[chosen]).micro_batch and not job.fixed:
+        reasons.append(f"micro-batches of {fitting[chosen]}, as {job.share} do not fit at once; the result is the same")
+    return best, reasons
+
+
+def measure(job: Job, real: Rehearsal, choices: Choices, micro: int, best: Speed | None = None) -> Speed:
+    """Time some steps; few when they are far slower than the `best` so far."""
+    elements = affordable(job, real, choices, micro)
+    real.step(choices, elements)
+    passes, updates, spent = [], [], 0.0
+    while True:
+        a, b = real.step(choices, elements)
+        passes.append(a * job.share / elements)
+        updates.append(b)
+        spent += a + b
+        speed = Speed(choices, statistics.median(passes), statistics.median(updates), elements)
+        budget = min(PROBE_SECONDS, PROBE_SHARE * job.training.steps * speed.step)
+        if (best and speed.step > SLOWER * best.step) or (len(passes) > 1 and spent > budget):
+            return speed
+
+
+def affordable(job: Job, real: Rehearsal, choices: Choices, micro: int) -> int:
+    """How many elements a probe's pass may have: a step of a large network is measured by a part of it."""
+    if job.task.flops * job.task.items * micro < SMALL_STEP:
+        return micro
+    real.step(choices, 1)
+    passes, _ = real.step(choices, 1)
+    return max(1, min(micro, int(PROBE_SECONDS / 3 / passes)))
+
+
+def compiled(job: Job, real: Rehearsal, eager: Speed, reasons: list[str]) -> tuple[Speed, int]:
+    """The faster of the eager and the compiled step where compiling can pay, and the bytes that the compiler keeps."""
+    wish, before = job.training.compile, memory.used(job.device)
+    if job.kept or wish == "no":
+        return eager, 0
+    if wish == "auto" and not worth_compiling(eager.step, job.training.steps, job.device):
+        found = compiler_found(job.device)
+        reasons.append("not compiled, " + ("the run is too short to win it back" if found else "no compiler was found"))
+        return eager, 0
+    try:
+        speed = measure(job, real, replace(eager.choices, compiled=True), eager.elements)
+    except Exception as error:  # whatever a compiler raises
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        if wish == "yes":
+            raise UserError(f'the compiler failed ({why[0]}): set training.compile = "no"') from error
+        reasons.append(f"not compiled, the compiler failed ({why[0]})")
+        return eager, 0
+    took = f"{1000 * speed.step:.3g} ms a step compiled, {1000 * eager.step:.3g} ms not"
+    if wish == "auto" and speed.step > FASTER * eager.step:
+        reasons.append(f"not compiled: {took}")
+        return eager, 0
+    reasons.append(f"compiled: {took}")
+    return speed, max(0, memory.used(job.device) - before)
+
+
+def surplus(real: Rehearsal, speed: Speed, mapped: int) -> int:
+    """Bytes of the device that no tensor holds: libraries' pages, or what a GPU's kernels keep."""
+    if real.device.type == "cpu":
+        return max(0, memory.mapped(real.device) - mapped)
+    torch.cuda.reset_peak_memory_stats(real.device)
+    counted = real.tracked(lambda: real.step(speed.choices, speed.elements))
+    return max(0, memory.peak(real.device) - counted)
+
+
+def durations(job: Job, real: Rehearsal, speed: Speed, small: bool) -> tuple[float, float, float]:
+    """Seconds of an evaluation, of a checkpoint, and of a sample where the run is long enough to show some."""
+    items, at_once = held_out(job.task, job.training)
+    one = speed.passes / job.share / 2  # a forward pass of an element takes less
+    elements = at_once if small else max(1, min(at_once, int(PROBE_SECONDS / 3 / one)))
+    evaluate = real.evaluate(speed.choices, elements) * items / (elements * job.task.items * distributed.world())
+    save = save_seconds(job.out, real)
+    every, sample = job.training.sample_every, 0.0
+    if every and job.training.steps * speed.step > 3 * every:
+        start, network = time.perf_counter(), job.task.phases[0].network
+        with torch.no_grad(), evaluating(network):
+            job.task.sample(network)
+        sample = time.perf_counter() - start
+    return evaluate, save, sample
+
+
+def save_seconds(out: Path, real: Rehearsal) -> float:
+    """Seconds of a checkpoint, from writing a part of one beside `out`. Raises UserError when that cannot be done."""
+    total = sum(real.parts())
+    left, sample = min(total, WRITTEN), {}
+    for i, p in enumerate(p for phase in real.task.phases for p in phase.network.parameters()):
+        sample[str(i)] = p.detach().flatten()[: left // p.element_size()]
+        left -= sample[str(i)].nbytes
+    try:
+        with tempfile.TemporaryDirectory(dir=existing(out), prefix=".handmill-") as scratch:
+            start = time.perf_counter()
+            checkpoint.save(Path(scratch), 0, {"probe": sample}, {}, 1)
+            seconds = time.perf_counter() - start
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder with --out") from None
+    return seconds * max(1.0, total / sum(t.nbytes for t in sample.values()))
+
+
+def memory_fault(job: Job, size_: Size, needed: int, limit: int) -> str:
+    """Why memory does not do, and what would; empty when it does."""
+    if size_.micro_batch and needed <= limit:
+        return ""
+    training = job.training
+    said = f"training.batch = {training.batch} needs {size(needed)} of memory and {size(limit)} can be had"
+    if job.kept:
+        return said + ": free some memory, as a run that is gone on with keeps its micro-batches"
+    if size_.remedy:
+        return f"{said}: set training.micro_batch = {size_.remedy} (the result is the same)"
+    if size_.largest:
+        return f"{said}: set training.batch = {size_.largest * distributed.world()}"
+    return f"{said}, too little even for a batch of 1: make the network smaller (network.width, network.layers, " \
+           "network.context)"
+
+
+def disk_fault(job: Job, plan: Plan) -> str:
+    """Why the disk does not do; empty when it does."""
+    if plan.disk_bytes <= plan.disk_free:
+        return ""
+    less = ", or set training.keep = 1" if job.training.keep > 1 else ""
+    return (f"the run writes {size(plan.disk_bytes)} into {job.out} and {size(plan.disk_free)} can be had: "
+            f"free some space, choose another disk with --out{less}")
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, the largest first."""
+    low = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
+    return sorted({*low, *(number // n for n in low)}, reverse=True)
+
+
+def power_of_two(number: int) -> int:
+    """The largest power of two up to `number`; 0 below 1."""
+    return 1 << (number.bit_length() - 1) if number > 0 else 0
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+
+
+def written(folder: Path) -> int:
+    """Bytes of the files below `folder`."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
