@@ -245,7 +245,7 @@ def test_one_text_is_cut_in_blocks_in_the_hash_split(tmp_path: Path) -> None:
     assert sum(map(len, blocks)) == len(content)
     assert all(len(block) >= 2000 for block in blocks if not content.endswith(block))
     assert all(block in content and (block.endswith("\n\n") or content.endswith(block)) for block in blocks)
-    assert any("was cut at blank lines" in remark for remark in packed.report["remarks"])
+    assert packed.report["documents"]["cut"] == f"cut at blank lines into {len(blocks):,}"
 
 
 @pytest.mark.parametrize(("content", "data", "said"), [
@@ -276,3 +276,14 @@ def test_two_lines_are_enough_without_a_test_split(tmp_path: Path) -> None:
 def test_impossible_settings_are_errors(data: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(data))):
         recipe_of(**data)
+
+
+def test_near_copies_that_stay_are_said(tmp_path: Path) -> None:
+    generator = random.Random(4)
+    for number in range(12):
+        content = text(number, 30)
+        (tmp_path / f"{number}.txt").write_text(content)
+        (tmp_path / f"{number}-copy.txt").write_text(changed(content, 0.01, generator))
+    report = prepared(tmp_path / "cache", f"{tmp_path}/*.txt", near_duplicates=0, validation=0.2, test=0.2).report
+    assert report["overlap"]["near"]["pairs"] > 0
+    assert any("near_duplicates" in remark for remark in report["remarks"])

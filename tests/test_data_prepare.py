@@ -128,7 +128,7 @@ def test_the_report(tmp_path: Path, folder: Path) -> None:
     (folder / "blank.txt").write_text(" \n ")
     packed = prepared(tmp_path / "cache", folder, codec=CharacterSettings(), validation=0.1, test=0.1)
     report = packed.report
-    assert report["documents"] == {"read": 32, "too_short": 1, "kept": 30}
+    assert report["documents"] == {"read": 32, "too_short": 1, "cut": "", "kept": 30}
     assert (report["duplicates"]["exact"], report["duplicates"]["near"]) == (1, 1)
     assert report["tokens"] == sum(packed.count(split) for split in ("train", "validation", "test"))
     lengths = sorted(len(document) for document in everything(packed))

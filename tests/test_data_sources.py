@@ -269,11 +269,11 @@ def test_pieces_joined_are_the_whole_and_end_between_characters(parts: list[str]
     import handmill.data.pieces as module
 
     data = "".join(parts).encode()
-    longest, module._LONGEST = module._LONGEST, 40
+    piece, module.PIECE = module.PIECE, 40
     try:
         cut = list(pieces(data[i:i + 7] for i in range(0, len(data), 7)))
     finally:
-        module._LONGEST = longest
+        module.PIECE = piece
     assert b"".join(cut) == data
     assert "".join(piece.decode() for piece in cut) == "".join(parts)
 
@@ -292,3 +292,13 @@ def test_a_long_text_is_packed_as_if_in_one_piece(tmp_path: Path) -> None:
     assert tokens[1:].tolist() == packed.codec().encode(whole[:cut]).tolist()
     assert documents(packed, "validation") == [whole[cut:]]
     assert packed.tokens("test").tolist() == []
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "in")
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text(text(50))
+    (folder / os.fsdecode(b"bad\xe9.txt")).write_bytes(b"\xff")
+    packed = prepared(tmp_path / "cache", folder)
+    assert everything(packed) == sorted([*TEXTS, text(50)])
+    names = [Path(entry["path"]).name for entry in packed.manifest["sources"]]
+    assert r"caf\xe9.txt" in names

@@ -1,7 +1,6 @@
 """Reading the sources: every document cleaned into the corpus file, what the report says of them noted."""
 
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,8 +23,8 @@ _TOP = 10  # boilerplate lines shown
 
 
 @dataclass
-class Ingest:
-    """What was found on the way."""
+class Notes:
+    """What was found on the way, for the report."""
 
     settings: Any  # the [data] table
     skipped: Skipped = field(default_factory=Skipped)
@@ -34,18 +33,20 @@ class Ingest:
     emails: Findings = field(default_factory=Findings)
     manifest: list[dict[str, Any]] = field(default_factory=list)  # one entry a source
     boilerplate: dict[str, Any] = field(default_factory=lambda: {"lines": 0, "top": []})
-    remarks: list[str] = field(default_factory=list)  # sentences for the user
+    copies: dict[str, Any] = field(default_factory=dict)  # the duplicates
+    overlap: dict[str, Any] = field(default_factory=dict)  # between the splits
+    cut: str = ""  # how a single text was made into documents
     read: int = 0  # documents
     bytes: int = 0  # of their text
     empty: int = 0  # documents dropped because they were blank or shorter than data.shortest
 
 
-def ingest(found: list[Source], settings: Any, folder: Path, tick: Tick) -> tuple[Corpus, Ingest]:
+def ingest(found: list[Source], settings: Any, folder: Path, tick: Tick) -> tuple[Corpus, Notes]:
     """Read all sources into a file in `folder`.
 
     Raises UserError for a broken file that the user named, and when no text is left.
     """
-    notes = Ingest(settings)
+    notes = Notes(settings)
     whole = settings.clean and settings.document == "file"
     lines = cleaning.Boilerplate(settings.boilerplate if whole else 0.0)
     with Spool(folder / "corpus") as spool:
@@ -66,8 +67,6 @@ def ingest(found: list[Source], settings: Any, folder: Path, tick: Tick) -> tupl
                     notes.skipped.file(source.name, str(error))
             notes.manifest[-1]["documents"] = len(spool.begins) - before
         corpus = spool.corpus()
-    if notes.skipped.files or notes.skipped.records:
-        print(f"warning: {notes.skipped.summary()}", file=sys.stderr)
     if not len(corpus):
         reason = notes.skipped.first[0] if notes.skipped.first else "every document is empty"
         raise UserError(f"nothing is left of data.paths to learn from ({reason}): name files with text")
@@ -97,7 +96,7 @@ def _entry(source: Source, licence: str) -> dict[str, Any]:
     return entry
 
 
-def _documents(source: Source, notes: Ingest, tick: Tick) -> Iterator[Piece]:
+def _documents(source: Source, notes: Notes, tick: Tick) -> Iterator[Piece]:
     """The cleaned documents of a source. Raises Broken."""
     if source.form == "text":
         sources.check(source)
@@ -107,7 +106,7 @@ def _documents(source: Source, notes: Ingest, tick: Tick) -> Iterator[Piece]:
     return {"line": by_line, "paragraph": by_paragraph}[notes.settings.document](pieces)
 
 
-def _cleaned(source: Source, notes: Ingest, tick: Tick) -> Iterator[Piece]:
+def _cleaned(source: Source, notes: Notes, tick: Tick) -> Iterator[Piece]:
     for piece in sources.read(source, notes.settings.field, notes.skipped, tick):
         text = piece.text
         if notes.settings.clean:
@@ -142,7 +141,7 @@ def by_paragraph(pieces: Iterable[Piece]) -> Iterator[Piece]:
     yield Piece(True, held, start)
 
 
-def _add(spool: Spool, piece: Piece, source: int, notes: Ingest) -> None:
+def _add(spool: Spool, piece: Piece, source: int, notes: Notes) -> None:
     """Put a piece in the corpus, unless it begins a document that is too short."""
     try:
         data = piece.text.encode()
@@ -158,7 +157,7 @@ def _add(spool: Spool, piece: Piece, source: int, notes: Ingest) -> None:
         spool.add(data, source, piece.line)
 
 
-def _without_boilerplate(corpus: Corpus, lines: dict[str, int], prose: Ints, notes: Ingest) -> Corpus:
+def _without_boilerplate(corpus: Corpus, lines: dict[str, int], prose: Ints, notes: Notes) -> Corpus:
     """The corpus without the boilerplate lines in the documents of the `prose` sources."""
     if not lines:
         return corpus

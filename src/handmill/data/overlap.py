@@ -13,7 +13,7 @@ from handmill.data.duplicates import Comparer, Hashes, Signed, candidates, shing
 from handmill.data.splits import Parts
 
 WINDOW = 13  # words
-_WINDOWS = 200_000  # held-out windows looked for; more are sampled by document
+_HELD = 2_000_000  # bytes of held-out text whose windows are looked for; of more a sample is
 _FILTER = 22  # bits of a hash in the table that lets most training windows go at once
 _MOST = 0.5  # share of a document's windows seen in training, from which on it counts as mostly seen
 
@@ -62,14 +62,15 @@ def _windows(corpus: Corpus, parts: Parts, tick: Tick) -> dict[str, Any]:
 
 
 def _held_windows(corpus: Corpus, held: Ints) -> tuple[Hashes, Ints]:
-    """Windows of the held-out documents, or of every n-th when they are many, and the document of each."""
-    step = 1 + int(corpus.sizes[held].sum()) // (8 * _WINDOWS)
+    """Windows of the held-out documents, or of every n-th batch of them, and the document of each."""
+    step = 1 + int(corpus.sizes[held].sum()) // _HELD
     found, documents = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
-    for batch in corpus.batches(held[::step]):
-        hashes, rows = shingles(batch, WINDOW)
-        found.append(hashes)
-        documents.append(batch.documents[rows])
-    return np.concatenate(found)[:4 * _WINDOWS], np.concatenate(documents)[:4 * _WINDOWS]
+    for number, batch in enumerate(corpus.batches(held)):
+        if number % step == 0:
+            hashes, rows = shingles(batch, WINDOW)
+            found.append(hashes)
+            documents.append(batch.documents[rows])
+    return np.concatenate(found), np.concatenate(documents)
 
 
 def _seen(corpus: Corpus, train: Ints, wanted: Hashes, tick: Tick) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -3,20 +3,19 @@
 from collections.abc import Iterable, Iterator
 
 PIECE = 1 << 20  # bytes
-_LONGEST = 4 * PIECE  # without a line end, cut between characters
 _TRIES = 1000
 
 
 def pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Pieces that joined are the blocks joined: cut after a line end that no white space follows.
 
-    Text without such a line end for 4 MiB is cut between two UTF-8 characters.
+    Text without such a line end for a MiB is cut between two UTF-8 characters.
     """
     held = b""
     for block in blocks:
         held += block
         cut = _after_line(held)
-        if not cut and len(held) > _LONGEST:
+        if not cut and len(held) >= PIECE:
             cut = _between_characters(held)
         if cut:
             yield held[:cut]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,12 +90,11 @@ def _put(work: Path, folder: Path) -> None:
 def _sweep(folder: Path) -> None:
     """Remove what runs for the same data left that were killed."""
     for left in folder.parent.glob(f"{folder.name}.tmp-*"):
-        try:
-            os.kill(int(left.name.rpartition("-")[2]), 0)
-        except (ProcessLookupError, ValueError):
+        import psutil
+
+        process = left.name.rpartition("-")[2]
+        if not process.isdecimal() or not psutil.pid_exists(int(process)):
             shutil.rmtree(left, ignore_errors=True)
-        except PermissionError:
-            pass  # it lives
 
 
 def _said(error: OSError, cache: Path) -> UserError:
@@ -120,16 +120,19 @@ def _make(recipe: Recipe, sources: list[Source], mark: str, work: Path, progress
     scratch.mkdir()
     with Bar("1/4 reading", sum(source.bytes for source in sources), progress) as bar:
         corpus, notes = ingest(sources, data, scratch, bar.tick)
+    if notes.skipped.first:
+        print(f"warning: {notes.skipped.summary()}", file=sys.stderr)
     notes.bytes, notes.read = int(corpus.sizes.sum()), len(corpus)
     if len(corpus) == 1 and data.split == "hash":
         corpus = splits.cut_in_blocks(corpus)
-        notes.remarks.append(f"the single text was cut at blank lines into {len(corpus)} documents")
+        notes.cut = f"cut at blank lines into {len(corpus):,}"
     with Bar("2/4 comparing", 2 * notes.bytes, progress) as bar:
         threshold = data.near_duplicates or _THRESHOLD
         signed = duplicates.sign(corpus, scratch / "bands", threshold, bar.tick)
-        kept, copies = _unique(corpus, signed, data.near_duplicates, sources)
+        kept, notes.copies = _unique(corpus, signed, data.near_duplicates, sources)
         cut, parts = _split(corpus, kept, signed, recipe)
-        seen = overlap.check(cut, parts, signed if cut is corpus else None, threshold, bar.tick)
+        notes.cut = notes.cut if cut is corpus else "cut by place"
+        notes.overlap = overlap.check(cut, parts, signed if cut is corpus else None, threshold, bar.tick)
     with Bar("3/4 tokenizer", int(cut.sizes[parts["train"]].sum()), progress) as bar:
         codec = tokenizers.train(recipe.codec, _sample(cut, parts["train"], recipe.codec, bar.tick))
         codec.save(work / "codec")
@@ -138,8 +141,7 @@ def _make(recipe: Recipe, sources: list[Source], mark: str, work: Path, progress
     report = compose(recipe, notes, cut, parts, about, codec, work, sources)
     shutil.rmtree(scratch)
     seconds = time.perf_counter() - began
-    report |= {"duplicates": copies, "overlap": seen, "seconds": round(seconds, 3),
-               "megabytes_per_second": round(notes.bytes / 1e6 / seconds, 3)}
+    report |= {"seconds": round(seconds, 3), "megabytes_per_second": round(notes.bytes / 1e6 / seconds, 3)}
     write_json(work / "report.json", report)
     write_json(work / "manifest.json", {"format": FORMAT, "fingerprint": mark, "licence": data.licence,
                                         "sources": notes.manifest, "left_out": notes.skipped.first})

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from handmill.data.corpus import Corpus
-from handmill.data.ingest import Ingest
+from handmill.data.ingest import Notes
 from handmill.data.languages import LOOK, language
 from handmill.data.sources import CODE, Source
 from handmill.data.splits import Parts
@@ -17,9 +17,9 @@ from handmill.recipe import Recipe
 _SAMPLED = 2000  # documents whose language is guessed
 
 
-def compose(recipe: Recipe, notes: Ingest, corpus: Corpus, parts: Parts, about: dict[str, dict[str, int]],
+def compose(recipe: Recipe, notes: Notes, corpus: Corpus, parts: Parts, about: dict[str, dict[str, int]],
             codec: Tokenizer, work: Path, sources: list[Source]) -> dict[str, Any]:
-    """The report, but for duplicates, overlap and time, which are known where they are found."""
+    """The report, but for the time taken."""
     kept = np.sort(np.concatenate(list(parts.values())))
     counts = np.bincount(corpus.sources[kept], minlength=len(sources)).tolist()
     for entry, count in zip(notes.manifest, counts, strict=True):
@@ -27,7 +27,7 @@ def compose(recipe: Recipe, notes: Ingest, corpus: Corpus, parts: Parts, about: 
     return {
         "sources": {"files": len(sources), "left_out": notes.skipped.files,
                     "records_left_out": notes.skipped.records, "first_left_out": notes.skipped.first},
-        "documents": {"read": notes.read, "too_short": notes.empty, "kept": len(kept)},
+        "documents": {"read": notes.read, "too_short": notes.empty, "cut": notes.cut, "kept": len(kept)},
         "tokens": sum(split["tokens"] for split in about.values()),
         "splits": about,
         "split": recipe.data.split,
@@ -38,7 +38,9 @@ def compose(recipe: Recipe, notes: Ingest, corpus: Corpus, parts: Parts, about: 
         "boilerplate": notes.boilerplate,
         "secrets": {"counts": dict(notes.secrets.counts), "first": notes.secrets.first},
         "emails": {"count": notes.emails.counts.total(), "first": notes.emails.first},
-        "remarks": notes.remarks + _remarks(recipe, about),
+        "duplicates": notes.copies,
+        "overlap": notes.overlap,
+        "remarks": _remarks(recipe, about, notes),
     }
 
 
@@ -48,7 +50,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lengths, shares = report["lengths"], report["languages"]["shares"]
     secrets, emails = sum(report["secrets"]["counts"].values()), report["emails"]["count"]
     lines = [
-        f"documents   {documents['kept']:,} kept of {documents['read']:,} read; "
+        f"documents   {documents['read']:,} read, {documents['cut'] + ', ' if documents['cut'] else ''}"
+        f"{documents['kept']:,} kept; "
         f"{copies['exact']:,} exact and {copies['near']:,} near duplicates removed",
         "splits      " + ", ".join(f"{name} {split['documents']:,} documents, {split['tokens']:,} tokens"
                                    for name, split in report["splits"].items() if split["documents"]),
@@ -76,8 +79,8 @@ def _overlap(seen: dict[str, Any]) -> str:
         text = f"{seen['exact']:,} exact and {seen['near']['pairs']:,} near copies across the splits; "
     if windows["share"] is None:
         return text + f"no held-out document has {windows['words']} words in a row to look for"
-    return (text + f"{windows['share']:.2%} of {windows['windows']:,} held-out {windows['words']}-word "
-            "windows occur in the training split")
+    return (text + f"{windows['share']:.2%} of {windows['windows']:,} held-out {windows['words']}-word windows and "
+            f"most of {windows['mostly_seen']:,} of {windows['documents']:,} documents occur in the training split")
 
 
 def _tokenizer(codec: Tokenizer, about: dict[str, dict[str, int]]) -> dict[str, Any]:
@@ -109,8 +112,11 @@ def _languages(corpus: Corpus, kept: np.ndarray[Any, Any], sources: list[Source]
     return {"estimated": True, "documents": len(sample), "shares": shares}
 
 
-def _remarks(recipe: Recipe, about: dict[str, dict[str, int]]) -> list[str]:
+def _remarks(recipe: Recipe, about: dict[str, dict[str, int]], notes: Notes) -> list[str]:
     remarks = []
+    if pairs := notes.overlap.get("near", {}).get("pairs"):
+        remarks.append(f"{pairs:,} pairs of near copies stand on both sides of the split: "
+                       f"data.near_duplicates = {notes.overlap['near']['jaccard']:g} removes them")
     total = sum(split["bytes"] for split in about.values())
     for name, asked in (("validation", recipe.data.validation), ("test", recipe.data.test)):
         share = about[name]["bytes"] / total

@@ -170,11 +170,13 @@ def _source(path: Path, named: bool, licence: str = "") -> Source:
 
 
 def _shown(path: Path) -> str:
-    """The path relative to here or to the home folder where it lies within."""
-    for top, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
-        if path.is_absolute() and path.is_relative_to(top):
-            return prefix + path.relative_to(top).as_posix()
-    return path.as_posix()
+    """The path relative to here or to the home folder where it lies within; bytes that are no text as \\x.."""
+    name = path.as_posix()
+    if path.is_absolute():
+        for top, prefix in ((Path.home(), "~/"), (Path.cwd(), "")):
+            if path.is_relative_to(top):
+                name = prefix + path.relative_to(top).as_posix()
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def check(source: Source) -> None:

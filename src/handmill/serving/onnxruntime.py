@@ -4,6 +4,7 @@ B batch, T new positions, P past positions, K key/value heads, D head width, V v
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ class Runtime:
 
     def __init__(self, folder: Path) -> None:
         """Open `folder`, which `handmill export --to onnx` wrote. Raises UserError when it cannot be read."""
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some builds report their use; read on import
         runtime = optional("onnxruntime", "onnx")
         file = folder / "model.onnx"
         try:

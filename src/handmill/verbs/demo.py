@@ -36,7 +36,7 @@ def demo(out: Path) -> None:
     say(f"handmill export {path} --to onnx")
     try:
         parity = export(path, "onnx")
-        print(f"largest difference from the trained network's logits: {parity['max_abs_error']:.2g}")
+        print(f"largest difference from the trained network's logits: {parity['logits_error']:.2g}")
     except UserError as error:
         print(f"left out: {error}")
     say(f"handmill card {path}")

@@ -14,6 +14,7 @@ from handmill import recipe as recipes
 from handmill.data.order import draw
 from handmill.errors import UserError
 from handmill.families import next_token
+from handmill.families.autoregressive import greedy
 from handmill.media import text
 from handmill.networks import build
 from handmill.recipe import Recipe
@@ -127,7 +128,7 @@ def finish(out: Path, recipe: Recipe, network: nn.Module, run: Run, packed: Any,
     """Write the model folder from the trained (or averaged) weights, the curve, and the last lines on the screen."""
     with run.averaged():
         network.eval()
-        facts["greedy"] = greedy(network, packed)
+        facts["greedy"] = greedy_sample(network, packed)
         weights = {k: v.clone() for k, v in folders.weights_of(network).items()}
     held_out = ["manifest.json", "report.json", "data.json"]
     for split in ("validation", "test"):
@@ -142,19 +143,10 @@ def finish(out: Path, recipe: Recipe, network: nn.Module, run: Run, packed: Any,
             print(line)
 
 
-@torch.no_grad()
-def greedy(network: nn.Module, packed: Any) -> dict[str, list[int]]:
+def greedy_sample(network: nn.Module, packed: Any) -> dict[str, list[int]]:
     """The likeliest continuation of the first held-out tokens: what a served copy must repeat."""
-    device = next(network.parameters()).device
-    context: int = network.settings.context  # type: ignore[union-attr,assignment]
-    prompt = [int(t) for t in packed.tokens("validation")[:max(1, min(16, context // 2))]]
-    tokens, state = [], None
-    step = torch.tensor([prompt], device=device)
-    for _ in range(min(GREEDY_TOKENS, context - len(prompt))):
-        logits, state = network(step, state)
-        step = logits[:, -1:].argmax(-1)  # (1, 1)
-        tokens.append(int(step))
-    return {"prompt_tokens": prompt, "tokens": tokens}
+    prompt = [int(token) for token in packed.tokens("validation")[:16]]
+    return {"prompt_tokens": prompt, "tokens": greedy(network, prompt, GREEDY_TOKENS)}
 
 
 def closing(out: Path, recipe: Recipe, facts: dict[str, Any]) -> list[str]:
