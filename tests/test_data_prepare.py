@@ -109,7 +109,8 @@ def test_held_out_splits_open_without_the_training_split(tmp_path: Path, folder:
 def test_opening_what_is_not_prepared_data_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.json is missing"):
         Packed.open(tmp_path)
-    for content in ("[]", "{", '{"format": "else"}', '{"format": "handmill-data/1", "dtype": "object"}'):
+    for content in ("[]", "{", '{"format": "else"}', '{"format": "handmill-data/1", "dtype": "object"}',
+                    '{"format": "handmill-data/1", "dtype": "uint16", "splits": {"train": {}}}'):
         (tmp_path / "data.json").write_text(content)
         with pytest.raises(UserError, match=r"data\.json"):
             Packed.open(tmp_path)

@@ -302,3 +302,13 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert everything(packed) == sorted([*TEXTS, text(50)])
     names = [Path(entry["path"]).name for entry in packed.manifest["sources"]]
     assert r"caf\xe9.txt" in names
+
+
+def test_records_before_a_break_are_kept_in_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    pack = zstandard.ZstdCompressor().compress
+    (folder / "a.jsonl.zst").write_bytes(pack(as_jsonl(TEXTS)) + pack(as_jsonl(["lost"] * 50))[:-9])
+    packed = prepared(tmp_path / "cache", folder)
+    assert everything(packed) == sorted(TEXTS)
+    assert "(the 6 records before that are kept)" in packed.report["sources"]["first_left_out"][0]

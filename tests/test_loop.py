@@ -156,6 +156,22 @@ def test_the_average_is_what_is_evaluated(tmp_path: Path) -> None:
     assert nats / tokens != pytest.approx(np.divide(*task.evaluate(task.phases[0].network)), rel=1e-6)
 
 
+def test_the_best_weights_are_kept_and_survive_a_resume(tmp_path: Path) -> None:
+    """Random tokens at a high rate: the validation loss only rises after the first evaluation."""
+    training = replace(TRAINING, ema=0.0, warmup=0, learning_rate=0.3, schedule="constant", evaluate_every=1)
+    run = run_of(task_of(training), training, tmp_path)
+    progress = run.train()
+    assert progress.best_step < progress.step
+    assert progress.best < progress.validation
+    again = run_of(task_of(training, seed=5), training, tmp_path)
+    assert again.resume()
+    task = again.task
+    for chosen in (run, again):
+        with chosen.chosen():
+            nats, tokens = task.evaluate(chosen.task.phases[0].network)
+        assert nats / tokens == pytest.approx(progress.best, rel=1e-6)
+
+
 def test_bf16_trains_to_nearly_the_same_loss(tmp_path: Path) -> None:
     losses = [run_of(task_of(TRAINING), TRAINING, tmp_path / p, precision=p).train().loss for p in ("fp32", "bf16")]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)

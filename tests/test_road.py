@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from handmill.recipe import SHIPPED
+
 SMALL = ("codec.kind='byte'", "network.layers=2", "network.width=32", "network.heads=2", "network.context=32",
          "training.steps=40", "training.batch=8", "training.evaluate_every=10", "training.save_every=10",
          "training.sample_every=0", "training.precision='fp32'", "data.validation=0.2", "data.test=0.2")
@@ -174,7 +176,7 @@ def refusal(*words: str | Path, **options: object) -> str:
 def test_bad_data(texts: Path, tmp_path: Path) -> None:
     def attempt(files: Path, *more: str) -> str:
         recipe = tmp_path / "r.toml"
-        recipe.write_text((texts_recipe(tmp_path)).replace("PATHS", str(files)))
+        recipe.write_text(re.sub(r"(?m)^paths = .*$", f"paths = ['{files}']", (SHIPPED / "gpt.toml").read_text()))
         return refusal("train", recipe, *more, "--out", tmp_path / "out")
 
     (tmp_path / "empty").mkdir()
@@ -191,13 +193,6 @@ def test_bad_data(texts: Path, tmp_path: Path) -> None:
     binary.write_bytes(bytes(range(256)) * 40)
     assert "picture.txt" in attempt(binary)
     assert not (tmp_path / "out" / "receipt.json").exists()
-
-
-def texts_recipe(folder: Path) -> str:
-    handmill("new", "gpt", ".", "--out", folder / "base.toml", cwd=folder)
-    text = (folder / "base.toml").read_text()
-    (folder / "base.toml").unlink()
-    return re.sub(r"(?m)^paths = .*$", 'paths = ["PATHS"]', text)
 
 
 @pytest.mark.parametrize(("override", "said"), [

@@ -57,6 +57,7 @@ class Training:
     evaluate_tokens: int = 100_000  # at most this much of the validation set; 0: all of it
     save_every: int = 500  # steps
     keep: int = 2  # checkpoints
+    weights: Literal["best", "last"] = "best"  # what the model folder gets: of the lowest validation loss, or the last
     sample_every: float = 10.0  # seconds between samples on the screen; 0: none
     stop_at: float = 0.0  # end early once the validation loss is at or below this; 0: never
 

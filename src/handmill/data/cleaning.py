@@ -46,6 +46,8 @@ class Boilerplate:
     def see(self, text: str) -> None:
         """Count the lines at the edges of one document."""
         self.documents += 1
+        if not self.share:
+            return
         edges = {*text[:_NEAR].split("\n")[:_EDGE], *text[-_NEAR:].split("\n")[-_EDGE:]}
         self.counts.update(line for line in map(str.strip, edges) if len(line) >= _SHORTEST)
         if len(self.counts) > _KEPT:  # a line of a large share is soon back
@@ -64,4 +66,5 @@ def without(text: str, boilerplate: Iterable[str]) -> tuple[str, int]:
     lines = text.split("\n")
     edges = {*range(min(_EDGE, len(lines))), *range(max(0, len(lines) - _EDGE), len(lines))}
     kept = [line for i, line in enumerate(lines) if not (i in edges and line.strip() in boilerplate)]
+    assert len(lines) - len(kept) <= 2 * _EDGE
     return "\n".join(kept), len(lines) - len(kept)

@@ -56,6 +56,7 @@ class Corpus:
     def batches(self, chosen: Ints | None = None, tick: Tick | None = None) -> Iterator[Batch]:
         """All documents, or the `chosen` ones (ascending). A document above a MiB comes in pieces."""
         chosen = np.arange(len(self)) if chosen is None else chosen
+        assert (np.diff(chosen) > 0).all(), "documents are read in their order on disk"
         begins, ends = self.begins[chosen], self.ends[chosen]
         with self.path.open("rb") as file:
             at = 0
@@ -118,6 +119,7 @@ class Spool:
 
     def extend(self, text: bytes) -> None:
         """Go on with the last document."""
+        assert self.ends, "no document has begun"
         if self.at > self.ends[-1]:  # back over the line feed that stands between documents
             self.at -= 1
             self.file.seek(self.at)
@@ -127,6 +129,7 @@ class Spool:
         self.at = self.ends[-1] + 1
 
     def corpus(self) -> Corpus:
+        assert self.file.closed, "the last documents may not be on disk yet"
         columns = (self.begins, self.ends, self.sources, self.lines)
         return Corpus(self.path, *(np.array(column, np.int64) for column in columns))
 

@@ -44,6 +44,7 @@ def mix(values: Hashes) -> Hashes:
 def _powers(base: int, count: int) -> Hashes:
     values = np.full(count, base, np.uint64)
     values[0] = 1
+    assert base % 2, "an even base has no inverse"
     return np.cumprod(values)
 
 
@@ -126,6 +127,7 @@ def sign(corpus: Corpus, folder: Path, threshold: float, tick: Tick) -> Signed:
     """Hash every document; `folder` gets one file a band."""
     folder.mkdir()
     bands, width = banding(threshold)
+    assert bands * width <= BINS
     files = [(folder / f"band-{i}").open("wb") for i in range(bands)]
     exact = np.zeros((len(corpus), 2), np.uint64)
     rows: list[Ints] = []
@@ -166,6 +168,7 @@ def _digests(batch: Batch, corpus: Corpus) -> Hashes:
 
 def exact_duplicates(exact: Hashes) -> Ints:
     """(D,) for each document the first with the same text, itself where it is the first."""
+    assert exact.shape[1:] == (2,)
     order = np.lexsort((exact[:, 1], exact[:, 0]))  # stable
     ordered = exact[order]
     fresh = np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(1)])
@@ -224,6 +227,7 @@ def near_duplicates(corpus: Corpus, signed: Signed, alive: npt.NDArray[np.bool_]
             if one == other or (a, b) in rejected:
                 continue
             jaccard = similarity(a, b)
+            assert a < b, "a bucket is in the order of the documents"
             if jaccard >= threshold:
                 parent[max(one, other)] = min(one, other)
                 links.append((a, b, jaccard))

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from handmill.data import cleaning, sources
-from handmill.data.corpus import Corpus, Ints, Spool, Tick
+from handmill.data.corpus import Corpus, Spool, Tick
 from handmill.data.pieces import PIECE
 from handmill.data.sensitive import Findings, scan
 from handmill.data.sources import Broken, Empty, Piece, Skipped, Source
@@ -47,8 +48,8 @@ def ingest(found: list[Source], settings: Any, folder: Path, tick: Tick) -> tupl
     Raises UserError for a broken file that the user named, and when no text is left.
     """
     notes = Notes(settings)
-    whole = settings.clean and settings.document == "file"
-    lines = cleaning.Boilerplate(settings.boilerplate if whole else 0.0)
+    lines = cleaning.Boilerplate(settings.boilerplate)
+    prose = np.array([settings.clean and settings.document == "file" and _is_prose(source) for source in found])
     with Spool(folder / "corpus") as spool:
         for number, source in enumerate(found):
             before = len(spool.begins)
@@ -56,22 +57,26 @@ def ingest(found: list[Source], settings: Any, folder: Path, tick: Tick) -> tupl
                 notes.manifest.append(_entry(source, settings.licence))
                 for piece in _documents(source, notes, tick):
                     _add(spool, piece, number, notes)
-                    if piece.first and _is_prose(source):
+                    if piece.first and prose[number]:
                         lines.see(piece.text)
             except Broken as error:
-                if source.named:
-                    raise UserError(f"{source.name} in data.paths: {error}") from None
-                if isinstance(error, Empty):
-                    notes.empty += 1
-                else:
-                    notes.skipped.file(source.name, str(error))
+                _leave_out(source, error, len(spool.begins) - before, notes)
             notes.manifest[-1]["documents"] = len(spool.begins) - before
-        corpus = spool.corpus()
+    corpus = spool.corpus()
     if not len(corpus):
         reason = notes.skipped.first[0] if notes.skipped.first else "every document is empty"
         raise UserError(f"nothing is left of data.paths to learn from ({reason}): name files with text")
-    prose = np.array([number for number, source in enumerate(found) if _is_prose(source)])
     return _without_boilerplate(corpus, lines.lines(), prose, notes), notes
+
+
+def _leave_out(source: Source, error: Broken, records: int, notes: Notes) -> None:
+    """Note a broken file, of which some records were read before the break. Raises UserError if the user named it."""
+    if source.named:
+        raise UserError(f"{source.name} in data.paths: {error}") from None
+    if isinstance(error, Empty):
+        notes.empty += 1
+    else:
+        notes.skipped.file(source.name, f"{error}" + f" (the {records} records before that are kept)" * (records > 0))
 
 
 def _is_prose(source: Source) -> bool:
@@ -157,12 +162,12 @@ def _add(spool: Spool, piece: Piece, source: int, notes: Notes) -> None:
         spool.add(data, source, piece.line)
 
 
-def _without_boilerplate(corpus: Corpus, lines: dict[str, int], prose: Ints, notes: Notes) -> Corpus:
+def _without_boilerplate(corpus: Corpus, lines: dict[str, int], prose: npt.NDArray[np.bool_], notes: Notes) -> Corpus:
     """The corpus without the boilerplate lines in the documents of the `prose` sources."""
     if not lines:
         return corpus
     notes.boilerplate["top"] = [{"line": line, "documents": n} for line, n in list(lines.items())[:_TOP]]
-    touched = np.isin(corpus.sources, prose) & (corpus.sizes <= PIECE)
+    touched = prose[corpus.sources] & (corpus.sizes <= PIECE)
     with Spool(corpus.path.with_name("corpus-2")) as spool:
         for batch in corpus.batches():
             for document, data in zip(batch.documents.tolist(), batch.chunks(), strict=True):

@@ -71,7 +71,7 @@ def language(text: str) -> str:
     words = _WORD.findall(text.lower())
     votes = Counter(name for word in words for name in _LANGUAGES.get(word, ()))
     best, count = votes.most_common(1)[0] if votes else ("unknown", 0)
-    return best if count > _LEAST * len(words) else "unknown"
+    return best if count > max(1, _LEAST * len(words)) else "unknown"
 
 
 def _script(text: str) -> str | None:

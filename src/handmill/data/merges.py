@@ -49,6 +49,8 @@ def learn(words: Mapping[bytes, int], merges: int) -> Learnt:
         learnt.append(pair)
     tokens, bounds = state.cuts()
     whole = [word for word in words if len(word) <= _CUT]
+    assert len(bounds) == len(whole) + 1
+    assert bounds[-1] == len(tokens)
     return Learnt(learnt, whole, tokens, bounds)
 
 
@@ -69,7 +71,7 @@ class _Words:
         self.after, self.before = np.arange(1, size + 1, dtype=np.int32), np.arange(-1, size - 1, dtype=np.int32)
         self.base = base
         self.counts: dict[int, int] = {}
-        self.places: dict[int, list[Places]] = {}
+        self.places: dict[int, Places] = {}
         self.heap: list[tuple[int, int]] = []
         self._put(np.arange(size - 1, dtype=np.int32))
 
@@ -77,17 +79,19 @@ class _Words:
         """Take out the pair with the highest count, or None when none occurs twice."""
         while self.heap:
             negative, key = heapq.heappop(self.heap)
-            count = self.counts.get(key, 0)
-            if count == -negative and count > 1:
-                del self.counts[key]
-                return divmod(key, self.base)
-            if 1 < count < -negative:  # a merge nearby has taken some away since
+            count = self.counts[key]
+            if count > 1 and count < -negative:  # a merge nearby has taken some away since
                 heapq.heappush(self.heap, (-count, key))
+            else:
+                del self.counts[key]
+                if count > 1:
+                    return divmod(key, self.base)
         return None
 
     def merge(self, left: int, right: int, new: int) -> None:
         """Make every occurrence of the pair one symbol."""
         at = self._occurrences(left, right)  # (P,) ascending
+        assert len(at), "a pair with a count stands somewhere"
         absorbed = self.after[at]
         following = self.after[absorbed]
         fresh = np.flatnonzero(np.concatenate([[True], following[:-1] != at[1:]]))  # not right behind another
@@ -105,7 +109,7 @@ class _Words:
         return array("I", tokens[tokens >= 0].astype(np.uint32).tobytes()), array("q", bounds.tobytes())
 
     def _occurrences(self, left: int, right: int) -> Places:
-        at = np.sort(np.concatenate(self.places.pop(left * self.base + right)))
+        at = np.sort(self.places.pop(left * self.base + right))
         at = at[np.flatnonzero((self.symbols[at] == left) & (self.symbols[self.after[at]] == right))]
         if left != right or len(at) < 2:
             return at
@@ -114,8 +118,8 @@ class _Words:
         first = np.maximum.accumulate(np.where(fresh, np.arange(len(at)), 0))
         return at[np.flatnonzero((np.arange(len(at)) - first) % 2 == 0)]
 
-    def _groups(self, at: Places) -> Iterator[tuple[int, int, Places]]:
-        """Key, count and places of each pair that begins at one of the places."""
+    def _groups(self, at: Places, least: int = 1) -> Iterator[tuple[int, int, Places]]:
+        """Key, count and places of each pair that begins at one of the places, if it occurs `least` times there."""
         left, right = self.symbols[at], self.symbols[self.after[at]]
         inside = (left >= 0) & (right >= 0)
         at, keys = at[inside], left[inside].astype(np.int64) * self.base + right[inside]
@@ -125,8 +129,9 @@ class _Words:
         at, keys = at[order], keys[order]
         begins = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
         counts = np.add.reduceat(self.weights[at], begins)
-        ends = [*begins[1:].tolist(), len(at)]
-        columns = (keys[begins].tolist(), counts.tolist(), begins.tolist(), ends)
+        often = np.flatnonzero(counts >= least)
+        ends = np.append(begins[1:], len(at))[often].tolist()
+        columns = (keys[begins[often]].tolist(), counts[often].tolist(), begins[often].tolist(), ends)
         for key, count, begin, end in zip(*columns, strict=True):
             yield key, count, at[begin:end]
 
@@ -134,9 +139,13 @@ class _Words:
         for key, count, _ in self._groups(at):
             if key in self.counts:
                 self.counts[key] -= count
+                assert self.counts[key] >= 0, "more taken off than was there"
 
     def _put(self, at: Places) -> None:
-        for key, count, places in self._groups(at):
-            self.counts[key] = total = self.counts.get(key, 0) + count
-            self.places.setdefault(key, []).append(places)
-            heapq.heappush(self.heap, (-total, key))
+        """Count pairs that a merge has made. All of a pair are made at once, by the merge that makes the younger of
+        its symbols, so one that occurs only once will never be merged."""
+        for key, count, places in self._groups(at, least=2):
+            assert key not in self.places
+            self.counts[key] = count
+            self.places[key] = places
+            heapq.heappush(self.heap, (-count, key))

@@ -24,6 +24,7 @@ def check(corpus: Corpus, parts: Parts, signed: Signed | None, threshold: float,
 
     `signed` is None where one text was cut by place: its parts are compared by windows alone.
     """
+    assert not len(np.intersect1d(parts["train"], _held(parts))), "a document is on both sides"
     report: dict[str, Any] = {"windows": _windows(corpus, parts, tick)}
     if signed is not None:
         side = np.zeros(len(corpus), np.int8)  # 0 not used, 1 train, 2 held out
@@ -75,6 +76,7 @@ def _held_windows(corpus: Corpus, held: Ints) -> tuple[Hashes, Ints]:
 
 def _seen(corpus: Corpus, train: Ints, wanted: Hashes, tick: Tick) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """For each of the wanted hashes (ascending), whether the training split has it: (len(wanted),)."""
+    assert (wanted[1:] > wanted[:-1]).all(), "the search needs them ascending"
     seen = np.zeros(len(wanted), bool)
     if not len(wanted):
         return seen

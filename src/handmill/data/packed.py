@@ -37,6 +37,9 @@ class Packed:
         about = _read_json(folder / "data.json")
         if about.get("format") != FORMAT or about.get("dtype") not in ("uint16", "uint32"):
             raise UserError(f"{folder / 'data.json'} is not of the format {FORMAT}: prepare the data again")
+        splits = about.get("splits")
+        if not isinstance(splits, dict) or not all(_counted(splits.get(name)) for name in NAMES):
+            raise UserError(f"{folder / 'data.json'} does not say what each split holds: prepare the data again")
         return cls(folder, about)
 
     @cached_property
@@ -100,6 +103,10 @@ class Packed:
         return file
 
 
+def _counted(split: Any) -> bool:
+    return isinstance(split, dict) and all(type(split.get(key)) is int for key in ("documents", "tokens"))
+
+
 def write_split(folder: Path, split: str, codec: Tokenizer,
                 texts: Iterable[tuple[list[str], bool]]) -> dict[str, int]:
     """Write a split's tokens and starts; returns what data.json says of it.
@@ -110,6 +117,7 @@ def write_split(folder: Path, split: str, codec: Tokenizer,
     starts = [np.zeros(0, np.int64)]
     with (folder / f"{split}.tokens").open("wb") as file:
         for documents, continued in texts:
+            assert about["tokens"] or not continued, "a split begins with a document"
             tokens = codec.encode(documents[0]) if continued else codec.pack(documents)
             starts.append(np.flatnonzero(tokens == codec.end) + about["tokens"])
             file.write(tokens.astype(tokens.dtype.newbyteorder("<"), copy=False).data)

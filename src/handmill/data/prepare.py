@@ -68,7 +68,7 @@ def _staged(folder: Path) -> Iterator[Path]:
     work = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        _sweep(folder.parent)
         work.mkdir()
         yield work
         for path in [*work.rglob("*"), work]:
@@ -87,9 +87,9 @@ def _put(work: Path, folder: Path) -> None:
         work.rename(folder)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what runs for the same data left that were killed."""
-    for left in folder.parent.glob(f"{folder.name}.tmp-*"):
+def _sweep(cache: Path) -> None:
+    """Remove what runs left that were killed."""
+    for left in cache.glob("*.tmp-*"):
         import psutil
 
         process = left.name.rpartition("-")[2]
@@ -140,6 +140,7 @@ def _make(recipe: Recipe, sources: list[Source], mark: str, work: Path, progress
         about = {name: _pack(cut, parts[name], work, name, codec, bar.tick) for name in splits.NAMES}
     report = compose(recipe, notes, cut, parts, about, codec, work, sources)
     shutil.rmtree(scratch)
+    assert sum(split["documents"] for split in about.values()) == len(kept) or cut is not corpus
     seconds = time.perf_counter() - began
     report |= {"seconds": round(seconds, 3), "megabytes_per_second": round(notes.bytes / 1e6 / seconds, 3)}
     write_json(work / "report.json", report)

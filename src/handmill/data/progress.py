@@ -28,7 +28,8 @@ class Bar:
         if self.bar is None and self.shown and time.time() - self.began > 1:
             from tqdm import tqdm
 
-            self.bar = tqdm(desc=self.what, total=self.total, unit="B", unit_scale=True, dynamic_ncols=True)
+            self.bar = tqdm(desc=self.what, total=self.total, unit="B", unit_scale=True, smoothing=0,
+                            dynamic_ncols=True)
             self.bar.start_t = self.began
         if self.bar is not None:
             self.bar.update(self.done - self.bar.n)

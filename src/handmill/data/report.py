@@ -14,6 +14,7 @@ from handmill.data.splits import Parts
 from handmill.media.tokenizers import Tokenizer
 from handmill.recipe import Recipe
 
+_LANGUAGES = 5  # on the screen
 _SAMPLED = 2000  # documents whose language is guessed
 
 
@@ -47,7 +48,7 @@ def compose(recipe: Recipe, notes: Notes, corpus: Corpus, parts: Parts, about: d
 def report_lines(report: dict[str, Any]) -> list[str]:
     """The report in a few lines for the screen."""
     documents, copies, left_out = report["documents"], report["duplicates"], report["sources"]
-    lengths, shares = report["lengths"], report["languages"]["shares"]
+    lengths, shares = report["lengths"], list(report["languages"]["shares"].items())[:_LANGUAGES]
     secrets, emails = sum(report["secrets"]["counts"].values()), report["emails"]["count"]
     lines = [
         f"documents   {documents['read']:,} read, {documents['cut'] + ', ' if documents['cut'] else ''}"
@@ -59,7 +60,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"{report['tokenizer']['bytes_per_token']:.2f} bytes a token",
         f"lengths     {lengths['median']:,} tokens a document in the middle, {lengths['shortest']:,} to "
         f"{lengths['longest']:,}",
-        "languages   " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) + " (estimated)",
+        "languages   " + ", ".join(f"{name} {share:.0%}" for name, share in shares) + " (estimated)",
         f"found       {secrets:,} secrets, {emails:,} e-mail addresses",
         f"overlap     {_overlap(report['overlap'])}",
     ]
@@ -114,6 +115,7 @@ def _languages(corpus: Corpus, kept: np.ndarray[Any, Any], sources: list[Source]
 
 def _remarks(recipe: Recipe, about: dict[str, dict[str, int]], notes: Notes) -> list[str]:
     remarks = []
+    assert all(about[name]["tokens"] for name in ("train", "validation")), "a split is empty"
     if pairs := notes.overlap.get("near", {}).get("pairs"):
         remarks.append(f"{pairs:,} pairs of near copies stand on both sides of the split: "
                        f"data.near_duplicates = {notes.overlap['near']['jaccard']:g} removes them")

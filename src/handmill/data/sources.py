@@ -9,6 +9,7 @@ import glob
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -56,23 +57,23 @@ class Source:
     identity: tuple[int, int]  # device and inode: a file reached by two paths is one
     licence: str = ""  # the licence file at the top of its folder
 
-    @property
+    @cached_property
     def suffixes(self) -> list[str]:
         return [s.lower() for s in self.path.suffixes]
 
-    @property
+    @cached_property
     def packing(self) -> str:
         """".gz", ".zst" or "" """
         last = self.suffixes[-1:]
         return last[0] if last in ([".gz"], [".zst"]) else ""
 
-    @property
+    @cached_property
     def suffix(self) -> str:
         """The ending inside the packing: ".md", ".jsonl", ..."""
         inner = self.suffixes[:-1] if self.packing else self.suffixes
         return inner[-1] if inner else ""
 
-    @property
+    @cached_property
     def form(self) -> str:
         """"jsonl", "csv", "parquet", or "text" for everything else."""
         forms = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -115,7 +116,12 @@ def find(paths: tuple[str, ...], cache: Path) -> list[Source]:
         raise UserError('data.paths is empty: name files, folders or patterns, as in data.paths = ["notes/"]')
     found: dict[tuple[int, int], Source] = {}
     for given in paths:
-        for source in _expand(given, cache):
+        try:
+            sources = _expand(given, cache)
+        except OSError as error:
+            raise UserError(f"{error.filename or given} in data.paths cannot be read ({error.strerror}): "
+                            "make it readable or leave it out") from None
+        for source in sources:
             found.setdefault(source.identity, source)
     return list(found.values())
 
@@ -191,6 +197,7 @@ def check(source: Source) -> None:
         except UnicodeDecodeError as error:
             raise _not_utf8(data, offset + error.start, error.start) from None
         offset, tail = offset + used, data[used:]
+    assert len(tail) < 4, "a character has at most four bytes"
     if tail:
         raise _not_utf8(tail, offset, 0)
     if not offset:
@@ -202,7 +209,10 @@ def read(source: Source, column: str, skipped: Skipped, tick: Tick) -> Iterator[
     if source.form == "text":
         line = 1
         for number, data in enumerate(pieces(blocks(source, tick))):
-            text = data.decode()
+            try:
+                text = data.decode()
+            except UnicodeDecodeError:
+                raise UserError(f"{source.name} changed while it was read: run again when it rests") from None
             yield Piece(number == 0, text, line)
             line += text.count("\n")
     else:
@@ -350,6 +360,7 @@ def _parquet(source: Source, column: str, skipped: Skipped, tick: Tick) -> Itera
 
 
 def _no_column(column: str, columns: list[str]) -> Broken:
+    assert column not in columns
     there = ", ".join(map(repr, columns[:8])) or "no columns at all"
     return Broken(f"it has no column {column!r} but {there}: set data.field")
 

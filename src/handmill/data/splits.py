@@ -46,6 +46,7 @@ def by_place(sizes: Ints, validation: float, test: float) -> Parts:
     cut = min(cut, len(sizes) - 1) if test else cut
     middle = max(1, min(cut - 1, int(np.searchsorted(ends, total * (1 - test - validation), side="right"))))
     cut = max(cut, middle + 1)
+    assert 0 < middle < cut <= len(sizes)
     numbers = np.arange(len(sizes))
     return {"train": numbers[:middle], "validation": numbers[middle:cut], "test": numbers[cut:]}
 
@@ -84,6 +85,7 @@ def cut_in_blocks(corpus: Corpus) -> Corpus:
     if len(begins) > 1 and begins[-1] == place:  # the text ends in a blank line
         begins, lines = begins[:-1], lines[:-1]
     ends = [*begins[1:], place]
+    assert [place] == corpus.ends.tolist()
     sources = np.full(len(begins), corpus.sources[0])
     return Corpus(corpus.path, np.array(begins), np.array(ends), sources, np.array(lines))
 
@@ -98,6 +100,7 @@ def _bytes_at(corpus: Corpus, characters: list[int]) -> Ints:
             places.append(at + len(text[:characters[len(places)] - seen].encode()))
         seen += len(text)
         at += len(batch.data)
+    assert len(places) == len(characters), "a place lies beyond the text"
     return np.array(places, np.int64)
 
 

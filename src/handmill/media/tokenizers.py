@@ -83,6 +83,7 @@ class Tokenizer:
         self.end = 0 if kind == "character" else self.size - 1
         self.unknown = 1 if kind == "character" else None
         self.dtype = np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
+        assert self.token_bytes[self.end] == b""
         self._lengths = np.array([_characters(piece) for piece in self.token_bytes])  # (V,)
         self._table = _code_points(alphabet, self.dtype) if kind == "character" else np.zeros(0, self.dtype)
         self._words = _Words(self.merges, self.end)
@@ -114,6 +115,7 @@ class Tokenizer:
 
     def know(self, learnt: "Learnt") -> None:
         """Take over the tokens of the words that the merges were learnt from, which would be found again."""
+        assert learnt.merges == self.merges
         self._words.tokens, self._words.bounds = learnt.tokens, learnt.bounds
         self._words.update({word.decode(): number for number, word in enumerate(learnt.words)})
 

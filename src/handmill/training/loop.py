@@ -75,7 +75,9 @@ class Progress:
     shift: int = 0  # steps' worth of data passed over after going back
     returns: int = 0
     loss: float = float("nan")
-    validation: float = float("nan")
+    validation: float = float("nan")  # the last one
+    best: float = float("inf")  # the lowest validation loss
+    best_step: int = 0
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("train", "evaluate", "save", "sample"), 0.0))
     stopped: bool = False  # early: asked to, or `stop_at` reached
@@ -91,8 +93,8 @@ class Run:
         self.choices, self.peak = choices, peak
         self.progress = Progress()
         self.modules = {p.name: wrap(p.network, choices, device) for p in task.phases}
-        self.averages = {p.name: {k: v.detach().clone() for k, v in weights_of(p.network).items()}
-                         for p in task.phases if training.ema}
+        self.averages = {p.name: copied(weights_of(p.network)) for p in task.phases if training.ema}
+        self.best: dict[str, checkpoint.Tensors] = {}  # weights of the lowest validation loss, by phase
         self.ended = False  # by a signal
         self.sample_seconds = 0.0  # of the last sample
         self.sampled = self.started = time.monotonic()
@@ -186,25 +188,34 @@ class Run:
         with torch.no_grad(), self.averaged(), evaluating(phase.network):
             half = self.choices.precision == "bf16"
             sums = self.task.evaluate(HalfPrecision(phase.network) if half else phase.network)
-        total, items = distributed.total(torch.tensor(sums, dtype=torch.float64, device=self.device)).tolist()
-        self.progress.validation = total / items
+            total, items = distributed.total(torch.tensor(sums, dtype=torch.float64, device=self.device)).tolist()
+            self.progress.validation = total / items
+            if self.progress.validation < self.progress.best and self.training.weights == "best":
+                self.progress.best, self.progress.best_step = self.progress.validation, self.progress.step
+                self.best = {p.name: copied(weights_of(p.network)) for p in self.task.phases}
         self.progress.stopped = self.progress.validation <= self.training.stop_at
         self.progress.seconds["evaluate"] += time.perf_counter() - start
         self.monitor.record(step=self.progress.step, seconds=round(self.elapsed(), 3),
                             validation_loss=self.progress.validation)
         self.live(now=True)
 
+    def averaged(self) -> Any:
+        """The averaged weights, where there are any, in place of the trained ones while the block runs."""
+        return self.swapped(self.averages)
+
+    def chosen(self) -> Any:
+        """What the model folder gets: the best weights, else the averaged, else the last."""
+        return self.swapped(self.best or self.averages)
+
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The averaged weights in place of the trained ones while the block runs."""
-        trained = {}
-        for phase in self.task.phases if self.averages else []:
-            trained[phase.name] = {k: v.clone() for k, v in weights_of(phase.network).items()}
-            phase.network.load_state_dict(self.averages[phase.name], strict=False)
+    def swapped(self, weights: dict[str, checkpoint.Tensors]) -> Iterator[None]:
+        trained = {p.name: copied(weights_of(p.network)) for p in self.task.phases if weights}
+        for phase in self.task.phases if weights else []:
+            phase.network.load_state_dict(weights[phase.name], strict=False)
         try:
             yield
         finally:
-            for phase in self.task.phases if self.averages else []:
+            for phase in self.task.phases if weights else []:
                 phase.network.load_state_dict(trained[phase.name], strict=False)
 
     def save(self) -> None:
@@ -217,12 +228,14 @@ class Run:
         self.progress.seconds["save"] += time.perf_counter() - start
 
     def parts(self) -> dict[str, checkpoint.Tensors]:
-        """File name -> tensors: weights, averages and optimizer states of every phase."""
+        """File name -> tensors: weights, averages, best weights and optimizer states of every phase."""
         parts = {}
         for phase in self.task.phases:
             parts[phase.name] = weights_of(phase.network)
             if self.averages:
                 parts[f"{phase.name}-average"] = self.averages[phase.name]
+            if self.best:
+                parts[f"{phase.name}-best"] = self.best[phase.name]
             for i, optimizer in enumerate(phase.optimizers):
                 state = optimizer.state_dict()["state"]
                 parts[f"{phase.name}-optimizer-{i}"] = {
@@ -253,6 +266,8 @@ class Run:
             load_weights(phase.network, parts[phase.name])
             if self.averages:
                 self.averages[phase.name] = {k: v.to(self.device) for k, v in parts[f"{phase.name}-average"].items()}
+            if f"{phase.name}-best" in parts:
+                self.best[phase.name] = parts[f"{phase.name}-best"]
             for i, optimizer in enumerate(phase.optimizers):
                 state: dict[int, dict[str, Tensor]] = {}
                 for name, tensor in parts[f"{phase.name}-optimizer-{i}"].items():
@@ -328,6 +343,10 @@ def wrap(network: nn.Module, choices: Choices, device: torch.device) -> nn.Modul
     if distributed.world() > 1:
         module = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
     return module
+
+
+def copied(weights: checkpoint.Tensors) -> checkpoint.Tensors:
+    return {k: v.detach().clone() for k, v in weights.items()}
 
 
 def no_sync(module: nn.Module, held: bool) -> Any:

@@ -1,5 +1,6 @@
 """`handmill check`: honest figures for a model folder, recorded in its receipt."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def check(path: Path | str, progress: bool = True, **overrides: Any) -> dict[str
     model = folder.load(path, device)
     table = model.recipe.table()["check"] | overrides
     settings: text.Settings = recipes.build(text.Settings, table, "check")
-    result = text.run(model, settings, progress)
+    result = text.run(model, settings, progress and sys.stderr.isatty())
     result = {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "device": device.type} | result
     result = text.carry(result, model.receipt.get("check") or {})
     folder.record(model.path, "check", result)

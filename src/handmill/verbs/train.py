@@ -115,7 +115,7 @@ def summary(recipe: Recipe, network: nn.Module, task: Task, progress: Progress, 
         "steps": progress.step, "seed": recipe.seed, "stopped_early": progress.stopped,
         "tokens": progress.step * recipe.training.batch * task.items,
         "parameters": sum(p.numel() for p in network.parameters()),
-        "loss": progress.loss, "validation_loss": progress.validation,
+        "loss": progress.loss, "validation_loss": min(progress.best, progress.validation), "best_step": progress.best_step,
         "seconds": {"setup": setup, **progress.seconds},
         "precision": planned.choices.precision, "compile": planned.choices.compiled,
         "processes": distributed.world(), "machine": machine(), "fingerprint": packed.fingerprint,
@@ -125,8 +125,8 @@ def summary(recipe: Recipe, network: nn.Module, task: Task, progress: Progress, 
 
 def finish(out: Path, recipe: Recipe, network: nn.Module, run: Run, packed: Any, facts: dict[str, Any],
            quiet: bool) -> None:
-    """Write the model folder from the trained (or averaged) weights, the curve, and the last lines on the screen."""
-    with run.averaged():
+    """Write the model folder from the best (or averaged, or last) weights, the curve, and the last lines on screen."""
+    with run.chosen():
         network.eval()
         facts["greedy"] = greedy_sample(network, packed)
         weights = {k: v.clone() for k, v in folders.weights_of(network).items()}
@@ -155,7 +155,8 @@ def closing(out: Path, recipe: Recipe, facts: dict[str, Any]) -> list[str]:
         f"trained {facts['steps']} steps, {facts['tokens']:,} tokens, in {duration(actual['seconds'])}"
         + (" (stopped early)" if facts["stopped_early"] else f" (planned {duration(predicted['seconds'])})"),
         f"memory: {size(actual['memory_bytes'])} at most (planned {size(predicted['memory_bytes'])})",
-        f"loss {facts['loss']:.4f}, validation {facts['validation_loss']:.4f} nats per token",
+        f"loss {facts['loss']:.4f}, validation {facts['validation_loss']:.4f} nats per token"
+        + (f" (step {facts['best_step']}, whose weights are kept)" if 0 < facts["best_step"] < facts["steps"] else ""),
         f"model folder  {out}",
         f"loss curve    {out / 'loss.png'}",
         f"next          handmill check {out}",
