@@ -33,7 +33,9 @@ SMALL = 0.25  # of the free memory: a step surely below it is tracked on the rea
 SMALL_STEP = 5e10  # floating-point operations, a second on an old machine
 ACTIVATIONS = 8  # times the inputs and outputs of every matrix: more than training keeps of them
 TRACKED_ITEMS = 1 << 15  # a batch with more is extrapolated: need is linear long before
-PROBE_SHARE, PROBE_SECONDS = 0.004, 2.0  # of the run, and at most: the repeats of one probe
+HEAP = {"fp32": 1.4, "bf16": 1.3}  # times the live tensors: what glibc's heap grows to, measured on five decoders
+LONGEST = 1.5  # seconds of one probed pass; a larger batch is extrapolated
+PROBE_SHARE, PROBE_SECONDS = 0.004, 1.0  # of the run, and at most: the repeats of a short pass
 SLOWER = 1.25  # times as slow, and a single repeat has settled it
 FASTER = 0.95  # of the eager step: less than this and the compiled one is kept
 WRITTEN = 8 << 20  # bytes that time a save, at most
@@ -120,9 +122,9 @@ class Speed:
     """What was measured, in seconds."""
 
     choices: Choices
-    passes: float  # forward and backward passes of a step
-    update: float  # the rest of it
-    elements: int  # that one measured pass had
+    passes: float = 0.0  # forward and backward passes of a step
+    update: float = 0.0  # the rest of it
+    elements: int = 1  # that one measured pass had
 
     @property
     def step(self) -> float:
@@ -136,7 +138,7 @@ class Need:
         self.rehearsal, self.choices, self.at_once = rehearsal, choices, at_once
         self.steps: dict[tuple[int, int], int] = {}
         self.weights = sum(memory.size_of(p.network.parameters()) for p in rehearsal.task.phases)
-        self.element = rehearsal.fetch(1).nbytes if rehearsal.device.type == "cpu" else 0
+        self.element = rehearsal.fetch(1).nbytes
 
     def step(self, elements: int, cuts: int) -> int:
         """In a step of `cuts` micro-batches of `elements`."""
@@ -167,8 +169,10 @@ class Need:
         worst = max(self.step(elements, 2 if share > elements else 1), self.saving)
         if not self.rehearsal.real:
             worst = max(worst, self.evaluation)
-        batch = self.element * (share + elements) + (32 * share if self.element else 0)
-        return worst - self.weights + batch
+        if self.rehearsal.device.type != "cpu":
+            return worst - self.weights
+        batch = self.element * (share + elements) + 32 * share  # its tokens, and their places
+        return int((worst - self.weights) * HEAP[self.choices.precision]) + batch
 
     def micro_batch(self, share: int, room: int) -> int:
         """The largest micro-batch that divides `share` and fits into `room` bytes; 0 when none does."""
@@ -191,7 +195,7 @@ class Need:
         return n
 
     def about_largest(self, elements: int, room: int) -> int:
-        """`largest` from one step of `elements`: never too large, and at most a little too small."""
+        """`largest` from one step of `elements`: hardly ever too large, and at most a little too small."""
         fixed = sum(self.rehearsal.parts()) - self.weights
         return power_of_two((room - fixed) * elements // max(1, self.beyond(elements, elements) - fixed))
 
@@ -205,13 +209,9 @@ def make(recipe: Recipe, network: nn.Module, task: Task, device: torch.device, o
     """
     before, mapped = memory.used(device), memory.mapped(device)
     job = Job(recipe, task, device, out, choices, int(memory.room(device) * (1 - SPARE)))
-    precisions = candidates(recipe.training, device, choices)
     with rehearsing(task, recipe.training, device) as real:
         small = not careful and is_small(job)
-        if small:
-            sizes = {p: Size(job.micro_batch, 0, 0, ()) for p in precisions}
-        else:
-            sizes = sizes_without_data(job, real, precisions)
+        sizes = sizes_in(job, real, candidates(recipe.training, device, choices), small)
         fitting = {p: s.micro_batch for p, s in sizes.items() if s.micro_batch}
         if fitting:
             speed, reasons = fastest(job, real, fitting)
@@ -220,10 +220,14 @@ def make(recipe: Recipe, network: nn.Module, task: Task, device: torch.device, o
             speed, grown = compiled(job, real, speed, reasons)
             grown += surplus(real, speed, mapped)
             seconds = durations(job, real, speed, small)
-            size = sizes[speed.choices.precision]
         else:
-            size = min(sizes.values(), key=lambda s: s.beyond)
-            speed, reasons, grown, seconds = Speed(job.choices(precisions[0], 0), 0, 0, 1), [], 0, (0.0, 0.0, 0.0)
+            precision = min(sizes, key=lambda p: sizes[p].beyond)
+            speed, reasons, grown, seconds = Speed(job.choices(precision, 0)), [], 0, (0.0, 0.0, 0.0)
+        size = sizes[speed.choices.precision]
+        if careful or not fitting:
+            with real.without_data() as fake:
+                need = Need(fake, speed.choices, held_out(task, recipe.training)[1])
+                size = replace(size, largest=need.largest(job.room))
     if job.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(job.device)
@@ -302,8 +306,10 @@ def is_small(job: Job) -> bool:
     return job.device.type == "cpu" and whole and held < SMALL * job.room
 
 
-def sizes_without_data(job: Job, real: Rehearsal, precisions: list[str]) -> dict[str, Size]:
-    """The size of a run in each precision, from tensors that hold nothing."""
+def sizes_in(job: Job, real: Rehearsal, precisions: list[str], small: bool) -> dict[str, Size]:
+    """The size of a run in each precision; of a small run it is enough to know that it fits."""
+    if small:
+        return dict.fromkeys(precisions, Size(job.micro_batch, 0, 0, ()))
     at_once = held_out(job.task, job.training)[1]
     with real.without_data() as fake:
         return {p: size_of(job, Need(fake, Choices(p), at_once)) for p in precisions}
@@ -312,15 +318,13 @@ def sizes_without_data(job: Job, real: Rehearsal, precisions: list[str]) -> dict
 def size_of(job: Job, need: Need) -> Size:
     """With the micro-batch that was asked for, or where that is free, the largest that fits."""
     micro = job.micro_batch
-    if need.rehearsal.real:
-        beyond, largest = need.beyond(micro, job.share), need.about_largest(micro, job.room)
-        return Size(micro, beyond, largest, tuple(need.rehearsal.parts()))
-    if not job.fixed:
+    if not job.fixed and not need.rehearsal.real:
         micro = need.micro_batch(job.share, job.room)
     beyond = need.beyond(micro or 1, job.share)
     fits = bool(micro) and beyond <= job.room
     remedy = 0 if fits or not job.fixed or job.kept else need.micro_batch(job.share, job.room)
-    return Size(micro if fits else 0, beyond, need.largest(job.room), tuple(need.rehearsal.parts()), remedy)
+    largest = need.about_largest(micro or 1, job.room)
+    return Size(micro if fits else 0, beyond, largest, tuple(need.rehearsal.parts()), remedy)
 
 
 def fastest(job: Job, real: Rehearsal, fitting: Mapping[str, int]) -> tuple[Speed, list[str]]:
@@ -342,28 +346,33 @@ def fastest(job: Job, real: Rehearsal, fitting: Mapping[str, int]) -> tuple[Spee
 
 
 def measure(job: Job, real: Rehearsal, choices: Choices, micro: int, best: Speed | None = None) -> Speed:
-    """Time some steps; few when they are far slower than the `best` so far."""
-    elements = affordable(job, real, choices, micro)
+    """Time some passes, few when they are far slower than the `best` so far, and the update unless that is known."""
+    elements, one = affordable(job, real, choices, micro)
     real.step(choices, elements)
-    passes, updates, spent = [], [], 0.0
-    while True:
-        a, b = real.step(choices, elements)
-        passes.append(a * job.share / elements)
-        updates.append(b)
-        spent += a + b
-        speed = Speed(choices, statistics.median(passes), statistics.median(updates), elements)
+    passes: list[float] = []
+    updates = [best.update] if best else []
+    speed, budget = Speed(choices), 0.0
+    while len(passes) < 2 or sum(passes) < budget:
+        passes.append(real.passes(choices, elements))
+        updates += [real.update()] if not best else []
+        real.drop()
+        pace = statistics.median(passes)
+        whole = pace if elements == micro else one + (pace - one) * (micro - 1) / max(1, elements - 1)
+        speed = Speed(choices, whole * job.share / micro, statistics.median(updates), elements)
+        if (best and speed.step > SLOWER * best.step) or pace > LONGEST / 3:
+            break
         budget = min(PROBE_SECONDS, PROBE_SHARE * job.training.steps * speed.step)
-        if (best and speed.step > SLOWER * best.step) or (len(passes) > 1 and spent > budget):
-            return speed
+    return speed
 
 
-def affordable(job: Job, real: Rehearsal, choices: Choices, micro: int) -> int:
-    """How many elements a probe's pass may have: a step of a large network is measured by a part of it."""
-    if job.task.flops * job.task.items * micro < SMALL_STEP:
-        return micro
-    real.step(choices, 1)
-    passes, _ = real.step(choices, 1)
-    return max(1, min(micro, int(PROBE_SECONDS / 3 / passes)))
+def affordable(job: Job, real: Rehearsal, choices: Choices, micro: int) -> tuple[int, float]:
+    """(how many elements a probed pass may have, seconds of a pass of 1 where the step may be too long for a probe)."""
+    if micro == 1 or job.task.flops * job.task.items * micro < SMALL_STEP:
+        return micro, 0.0
+    real.passes(choices, 1)
+    one, two = real.passes(choices, 1), real.passes(choices, 2)
+    real.drop()
+    return max(2, min(micro, 1 + int((LONGEST - one) / max(two - one, 0.1 * one)))), one
 
 
 def compiled(job: Job, real: Rehearsal, eager: Speed, reasons: list[str]) -> tuple[Speed, int]:
@@ -404,7 +413,7 @@ def durations(job: Job, real: Rehearsal, speed: Speed, small: bool) -> tuple[flo
     """Seconds of an evaluation, of a checkpoint, and of a sample where the run is long enough to show some."""
     items, at_once = held_out(job.task, job.training)
     one = speed.passes / job.share / 2  # a forward pass of an element takes less
-    elements = at_once if small else max(1, min(at_once, int(PROBE_SECONDS / 3 / one)))
+    elements = at_once if small else max(1, min(at_once, int(LONGEST / 3 / one)))
     evaluate = real.evaluate(speed.choices, elements) * items / (elements * job.task.items * distributed.world())
     save = save_seconds(job.out, real)
     every, sample = job.training.sample_every, 0.0

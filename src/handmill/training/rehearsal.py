@@ -34,13 +34,15 @@ class Rehearsal:
     averages: list[list[Tensor]] = field(default_factory=list)  # of each phase, where training.ema
     modules: dict[tuple[str, bool], list[nn.Module]] = field(default_factory=dict)
 
-    def step(self, choices: Choices, elements: int, cuts: int = 1) -> tuple[float, float]:
-        """One optimizer step of `cuts` micro-batches of `elements`: (seconds of the passes, of the update).
+    def step(self, choices: Choices, elements: int, cuts: int = 1) -> None:
+        """One optimizer step of `cuts` micro-batches of `elements`: the arithmetic of loop.Run.phase_step."""
+        self.passes(choices, elements, cuts)
+        self.update()
 
-        The arithmetic of loop.Run.phase_step.
-        """
-        passes = update = 0.0
-        for i, (phase, module) in enumerate(zip(self.task.phases, self.made(choices), strict=True)):
+    def passes(self, choices: Choices, elements: int, cuts: int = 1) -> float:
+        """Seconds of the forward and backward passes of a step; the gradients stay for `update`."""
+        seconds = 0.0
+        for phase, module in zip(self.task.phases, self.made(choices), strict=True):
             start = time.perf_counter()
             batches = [self.fetch(elements) for _ in range(cuts)]
             items = sum(phase.count(b) for b in batches)
@@ -48,10 +50,17 @@ class Rehearsal:
                 part, _ = phase.loss(module, batch.to(self.device, non_blocking=True))
                 (part * (1 / items)).backward()
             synchronise(self.device)
-            between = time.perf_counter()
+            seconds += (time.perf_counter() - start) / phase.every
+        return seconds
+
+    def update(self) -> float:
+        """Seconds of the rest of a step: clipping, optimizers, averages. The gradients go."""
+        seconds = 0.0
+        for i, phase in enumerate(self.task.phases):
+            start = time.perf_counter()
             parameters = [p for p in phase.network.parameters() if p.grad is not None]
             norm = nn.utils.clip_grad_norm_(parameters, self.training.clip or float("inf"), foreach=True)
-            if not self.real or bool(norm.isfinite()):
+            if not self.real or bool(norm.isfinite()):  # infinity times a rate of zero would reach the weights
                 for optimizer in phase.optimizers:
                     optimizer.step()
             phase.network.zero_grad(set_to_none=True)
@@ -59,9 +68,13 @@ class Rehearsal:
                 with torch.no_grad():
                     torch._foreach_lerp_(self.averages[i], list(weights_of(phase.network).values()), 0.0)
             synchronise(self.device)
-            passes += (between - start) / phase.every
-            update += (time.perf_counter() - between) / phase.every
-        return passes, update
+            seconds += (time.perf_counter() - start) / phase.every
+        return seconds
+
+    def drop(self) -> None:
+        """Forget the gradients of passes that no update follows."""
+        for phase in self.task.phases:
+            phase.network.zero_grad(set_to_none=True)
 
     def evaluate(self, choices: Choices, elements: int) -> float:
         """Seconds of one forward pass over `elements` as in an evaluation."""

@@ -13,10 +13,10 @@ from handmill.verbs.generate import generate
 from handmill.verbs.new import new
 from handmill.verbs.train import train
 
-SETTINGS = ("data.licence='PSF-2.0'", "codec.vocabulary=1024", "network.layers=4", "network.width=160",
-            "network.heads=5",
-            "network.context=128", "training.steps=500", "training.evaluate_every=100", "training.save_every=250",
-            "training.sample_every=8.0", "data.validation=0.1", "data.test=0.1")
+SETTINGS = ("data.licence='PSF-2.0'", "codec.vocabulary=512", "network.layers=4", "network.width=160",
+            "network.heads=5", "network.context=128", "network.dropout=0.15", "training.steps=450",
+            "training.evaluate_every=75", "training.save_every=225", "training.sample_every=8.0",
+            "data.validation=0.1", "data.test=0.1")
 
 
 def demo(out: Path) -> None:

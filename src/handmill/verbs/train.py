@@ -12,6 +12,7 @@ from torch import nn
 from handmill import folder as folders
 from handmill import recipe as recipes
 from handmill.data.order import draw
+from handmill.data.report import report_lines
 from handmill.errors import UserError
 from handmill.families import next_token
 from handmill.families.autoregressive import greedy
@@ -63,7 +64,7 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
     peak = matrix_peak(device, torch.bfloat16 if planned.choices.precision == "bf16" else torch.float32)
     monitor = Monitor(out, quiet, saved[1]["progress"]["step"] if saved else 0)
     try:
-        for line in plan.lines(planned):
+        for line in [*report_lines(packed.report), *plan.lines(planned)]:
             monitor.say(line)
         setup = time.perf_counter() - started
         run = Run(task, recipe.training, recipe.seed, out, device, monitor, planned.choices, peak)
