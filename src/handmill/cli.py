@@ -188,10 +188,7 @@ def _recipe_arguments(p: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; 0 when it worked, 2 with one sentence when the user has something to mend, 130 on Ctrl-C."""
-    # before torch is loaded: waiting threads soon give their core to whoever else needs it, else one busy program
-    # beside this one makes a step ten times slower; and large tensors get large pages
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when loaded: large pages for large tensors
     words = list(sys.argv[1:] if argv is None else argv)
     top, verbs = parsers()
     if words and words[0] in verbs:  # so that options and overrides may stand in any order

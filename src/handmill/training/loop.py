@@ -65,6 +65,7 @@ class Choices:
     precision: str = "fp32"
     compiled: bool = False
     micro_batch: int = 0
+    threads: int = field(default_factory=torch.get_num_threads)  # sums are added up by them, in their order
 
 
 @dataclass

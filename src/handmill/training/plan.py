@@ -34,7 +34,7 @@ SMALL_STEP = 5e10  # floating-point operations, a second on an old machine
 ACTIVATIONS = 8  # times the inputs and outputs of every matrix: more than training keeps of them
 TRACKED_ITEMS = 1 << 15  # a batch with more is extrapolated: need is linear long before
 HEAP = {"fp32": 1.4, "bf16": 1.3}  # times the live tensors: what glibc's heap grows to, measured on five decoders
-LONGEST = 1.5  # seconds of one probed pass; a larger batch is extrapolated
+LONGEST = 1.0  # seconds of one probed pass; a larger batch is extrapolated
 PROBE_SHARE, PROBE_SECONDS = 0.004, 1.0  # of the run, and at most: the repeats of a short pass
 SLOWER = 1.25  # times as slow, and a single repeat has settled it
 FASTER = 0.95  # of the eager step: less than this and the compiled one is kept
@@ -99,6 +99,16 @@ class Job:
         return bool(self.kept or self._asked)
 
     @property
+    def held_out(self) -> int:
+        """Items in an evaluation."""
+        return getattr(self.task, "held_out", 0) or self.training.evaluate_tokens or 100_000
+
+    @property
+    def at_once(self) -> int:
+        """Elements in one pass of an evaluation."""
+        return getattr(self.task, "at_once", 0) or max(1, 8192 // self.task.items)
+
+    @property
     def _asked(self) -> int:
         return self.kept.micro_batch if self.kept else self.training.micro_batch
 
@@ -153,9 +163,12 @@ class Need:
 
     @cached_property
     def evaluation(self) -> int:
-        """In an evaluation; where averages stand in for the weights, these are kept aside."""
+        """In an evaluation, on real tensors from a part of it; averages there stand in for the weights, kept aside."""
+        few = max(1, self.at_once // 8) if self.rehearsal.real else self.at_once
+        peak = self.rehearsal.tracked(lambda: self.rehearsal.evaluate(self.choices, few))
+        held = sum(self.rehearsal.parts())
         aside = self.weights if self.rehearsal.averages else 0
-        return aside + self.rehearsal.tracked(lambda: self.rehearsal.evaluate(self.choices, self.at_once))
+        return held + aside + (peak - held) * self.at_once // few
 
     @cached_property
     def saving(self) -> int:
@@ -166,9 +179,7 @@ class Need:
 
     def beyond(self, elements: int, share: int) -> int:
         """Beyond the weights, for `share` elements a step in micro-batches of `elements`."""
-        worst = max(self.step(elements, 2 if share > elements else 1), self.saving)
-        if not self.rehearsal.real:
-            worst = max(worst, self.evaluation)
+        worst = max(self.step(elements, 2 if share > elements else 1), self.evaluation, self.saving)
         if self.rehearsal.device.type != "cpu":
             return worst - self.weights
         batch = self.element * (share + elements) + 32 * share  # its tokens, and their places
@@ -176,9 +187,10 @@ class Need:
 
     def micro_batch(self, share: int, room: int) -> int:
         """The largest micro-batch that divides `share` and fits into `room` bytes; 0 when none does."""
-        whole, alone = self.beyond(share, share), self.beyond(1, share)
+        whole = self.beyond(share, share)
         if whole <= room:
             return share
+        alone = self.beyond(1, share)
         if alone > room:
             return 0
         most = 1 + (room - alone) * (share - 1) // max(1, whole - alone)  # on the chord, as the need is convex
@@ -215,19 +227,18 @@ def make(recipe: Recipe, network: nn.Module, task: Task, device: torch.device, o
         fitting = {p: s.micro_batch for p, s in sizes.items() if s.micro_batch}
         if fitting:
             speed, reasons = fastest(job, real, fitting)
-            if small:
-                sizes[speed.choices.precision] = size_of(job, Need(real, speed.choices, 0))
+            if not sizes[speed.choices.precision].beyond:
+                sizes[speed.choices.precision] = size_of(job, Need(real, speed.choices, job.at_once))
             speed, grown = compiled(job, real, speed, reasons)
             grown += surplus(real, speed, mapped)
-            seconds = durations(job, real, speed, small)
+            seconds = durations(job, real, speed)
         else:
             precision = min(sizes, key=lambda p: sizes[p].beyond)
             speed, reasons, grown, seconds = Speed(job.choices(precision, 0)), [], 0, (0.0, 0.0, 0.0)
         size = sizes[speed.choices.precision]
         if careful or not fitting:
             with real.without_data() as fake:
-                need = Need(fake, speed.choices, held_out(task, recipe.training)[1])
-                size = replace(size, largest=need.largest(job.room))
+                size = replace(size, largest=Need(fake, speed.choices, job.at_once).largest(job.room))
     if job.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(job.device)
@@ -290,29 +301,23 @@ def candidates(training: Training, device: torch.device, kept: Choices | None) -
     return ["bf16", "fp32"] if half else ["fp32"]
 
 
-def held_out(task: Task, training: Training) -> tuple[int, int]:
-    """(items in an evaluation, elements in one pass of it)."""
-    items: int = getattr(task, "held_out", 0) or training.evaluate_tokens or 100_000
-    return items, getattr(task, "at_once", 0) or max(1, 8192 // task.items)
-
-
 def is_small(job: Job) -> bool:
     """Whether a step surely takes little memory and time, by a bound that no network here reaches."""
     parameters = [p for phase in job.task.phases for p in phase.network.parameters()]
     ends = sum(p.shape[0] + p.shape[1] for p in parameters if p.ndim > 1)  # inputs and outputs of the matrices
-    elements = max(job.micro_batch, held_out(job.task, job.training)[1])
+    elements = max(job.micro_batch, job.at_once)
     held = 4 * (ACTIVATIONS * ends * elements * job.task.items + 6 * sum(p.numel() for p in parameters))
     whole = job.micro_batch == job.share and job.task.flops * job.task.items * job.share < SMALL_STEP
     return job.device.type == "cpu" and whole and held < SMALL * job.room
 
 
 def sizes_in(job: Job, real: Rehearsal, precisions: list[str], small: bool) -> dict[str, Size]:
-    """The size of a run in each precision; of a small run it is enough to know that it fits."""
+    """The size of a run in each precision; of a small run that of the likeliest, as all of them fit."""
     if small:
-        return dict.fromkeys(precisions, Size(job.micro_batch, 0, 0, ()))
-    at_once = held_out(job.task, job.training)[1]
+        likeliest = size_of(job, Need(real, Choices(precisions[0]), job.at_once))
+        return dict.fromkeys(precisions, Size(job.micro_batch, 0, 0, ())) | {precisions[0]: likeliest}
     with real.without_data() as fake:
-        return {p: size_of(job, Need(fake, Choices(p), at_once)) for p in precisions}
+        return {p: size_of(job, Need(fake, Choices(p), job.at_once)) for p in precisions}
 
 
 def size_of(job: Job, need: Need) -> Size:
@@ -348,9 +353,11 @@ def fastest(job: Job, real: Rehearsal, fitting: Mapping[str, int]) -> tuple[Spee
 def measure(job: Job, real: Rehearsal, choices: Choices, micro: int, best: Speed | None = None) -> Speed:
     """Time some passes, few when they are far slower than the `best` so far, and the update unless that is known."""
     elements, one = affordable(job, real, choices, micro)
-    real.step(choices, elements)
-    passes: list[float] = []
+    if (choices.precision, choices.compiled, elements) not in real.warm:
+        real.passes(choices, elements)
+        real.update()
     updates = [best.update] if best else []
+    passes: list[float] = []
     speed, budget = Speed(choices), 0.0
     while len(passes) < 2 or sum(passes) < budget:
         passes.append(real.passes(choices, elements))
@@ -409,20 +416,19 @@ def surplus(real: Rehearsal, speed: Speed, mapped: int) -> int:
     return max(0, memory.peak(real.device) - counted)
 
 
-def durations(job: Job, real: Rehearsal, speed: Speed, small: bool) -> tuple[float, float, float]:
+def durations(job: Job, real: Rehearsal, speed: Speed) -> tuple[float, float, float]:
     """Seconds of an evaluation, of a checkpoint, and of a sample where the run is long enough to show some."""
-    items, at_once = held_out(job.task, job.training)
-    one = speed.passes / job.share / 2  # a forward pass of an element takes less
-    elements = at_once if small else max(1, min(at_once, int(LONGEST / 3 / one)))
-    evaluate = real.evaluate(speed.choices, elements) * items / (elements * job.task.items * distributed.world())
-    save = save_seconds(job.out, real)
+    half = speed.passes / job.share / 2  # a forward pass of an element takes less
+    elements = max(1, min(job.at_once, speed.elements * 2, int(LONGEST / 2 / half)))
+    real.evaluate(speed.choices, elements)
+    per_item = real.evaluate(speed.choices, elements) / (elements * job.task.items)
     every, sample = job.training.sample_every, 0.0
     if every and job.training.steps * speed.step > 3 * every:
         start, network = time.perf_counter(), job.task.phases[0].network
         with torch.no_grad(), evaluating(network):
             job.task.sample(network)
         sample = time.perf_counter() - start
-    return evaluate, save, sample
+    return per_item * job.held_out / distributed.world(), save_seconds(job.out, real), sample
 
 
 def save_seconds(out: Path, real: Rehearsal) -> float:

@@ -43,6 +43,21 @@ def keep_freed_memory() -> None:
     libc.mallopt(-2, 64 << 20)  # M_TOP_PAD
 
 
+def free_threads() -> int:
+    """Threads to compute with: one a core, less the cores that other programs have kept busy for the last minute.
+
+    Threads wait for each other hundreds of times a step: two on two cores, one of which is taken, were ten times
+    slower than one. OMP_NUM_THREADS, where it is set, is obeyed.
+    """
+    import psutil
+
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ or threads == 1:
+        return threads
+    now = psutil.cpu_percent(0.1) / 100 * (psutil.cpu_count() or 1)
+    return max(1, threads - round(min(now, psutil.getloadavg()[0])))
+
+
 def cached_kernels() -> None:
     """Keep what torch.compile builds between runs: the first step took 92 s cold and 7 s with the cache kept."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "handmill" / "inductor"

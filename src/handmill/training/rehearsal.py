@@ -33,6 +33,7 @@ class Rehearsal:
     real: bool = True
     averages: list[list[Tensor]] = field(default_factory=list)  # of each phase, where training.ema
     modules: dict[tuple[str, bool], list[nn.Module]] = field(default_factory=dict)
+    warm: set[tuple[str, bool, int]] = field(default_factory=set)  # precision, compiled, elements of passes so far
 
     def step(self, choices: Choices, elements: int, cuts: int = 1) -> None:
         """One optimizer step of `cuts` micro-batches of `elements`: the arithmetic of loop.Run.phase_step."""
@@ -51,6 +52,7 @@ class Rehearsal:
                 (part * (1 / items)).backward()
             synchronise(self.device)
             seconds += (time.perf_counter() - start) / phase.every
+        self.warm.add((choices.precision, choices.compiled, elements))
         return seconds
 
     def update(self) -> float:

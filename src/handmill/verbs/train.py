@@ -1,5 +1,6 @@
 """`train`: a recipe becomes a model folder."""
 
+import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ from handmill.training import checkpoint, distributed, plan
 from handmill.training.curve import draw as draw_curve
 from handmill.training.loop import Choices, Progress, Run, Task
 from handmill.training.monitor import Monitor, duration, size
-from handmill.training.precision import cached_kernels, keep_freed_memory, machine, matrix_peak
+from handmill.training.precision import cached_kernels, free_threads, keep_freed_memory, machine, matrix_peak
 
 GREEDY_TOKENS = 32  # what the receipt keeps of a greedy sample, for the server to compare with
 
@@ -58,6 +59,7 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
     task = next_token.task(network, codec, packed, recipe)
     saved = checkpoint.load(out / "checkpoints")
     choices = Choices(**saved[1]["choices"]) if saved else None
+    torch.set_num_threads(choices.threads if choices else free_threads())
     made = plan.make(recipe, network, task, device, out, choices) if distributed.rank() == 0 else None
     planned = distributed.agreed(made)
     plan.refuse(planned, recipe)
@@ -66,6 +68,9 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
     try:
         for line in [*report_lines(packed.report), *plan.lines(planned)]:
             monitor.say(line)
+        if planned.choices.threads < (os.cpu_count() or 1):
+            monitor.say(f"threads       {planned.choices.threads} of {os.cpu_count()}: other programs are busy, or "
+                        "OMP_NUM_THREADS says so")
         setup = time.perf_counter() - started
         run = Run(task, recipe.training, recipe.seed, out, device, monitor, planned.choices, peak)
         if run.resume():
@@ -116,10 +121,12 @@ def summary(recipe: Recipe, network: nn.Module, task: Task, progress: Progress, 
         "steps": progress.step, "seed": recipe.seed, "stopped_early": progress.stopped,
         "tokens": progress.step * recipe.training.batch * task.items,
         "parameters": sum(p.numel() for p in network.parameters()),
-        "loss": progress.loss, "validation_loss": min(progress.best, progress.validation), "best_step": progress.best_step,
+        "loss": progress.loss, "validation_loss": min(progress.best, progress.validation),
+        "best_step": progress.best_step,
         "seconds": {"setup": setup, **progress.seconds},
         "precision": planned.choices.precision, "compile": planned.choices.compiled,
-        "processes": distributed.world(), "machine": machine(), "fingerprint": packed.fingerprint,
+        "processes": distributed.world(), "threads": planned.choices.threads,
+        "machine": machine(), "fingerprint": packed.fingerprint,
         "plan": {"predicted": planned.predicted(), "actual": plan.actual(progress, setup)},
     }
 
