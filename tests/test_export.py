@@ -336,9 +336,10 @@ def test_held_out_text_is_compared_where_the_folder_has_it(tmp_path: Path) -> No
     assert verb.held_out(model)[1] == "random tokens"
     data = model.path / "data"
     data.mkdir()
-    about = write_split(data, "validation", model.codec, [([tiny.TEXT], False)])
+    about = {name: write_split(data, name, model.codec, [([tiny.TEXT], False)])
+             for name in ("train", "validation", "test")}
     write_json(data / "data.json", {"format": FORMAT, "fingerprint": "", "dtype": "uint16",
-                                    "splits": {"validation": about}})
+                                    "splits": about})
     windows, source = verb.held_out(model)
     assert source == "validation text"
     assert windows.shape == (4, 48)

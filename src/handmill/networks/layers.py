@@ -53,7 +53,7 @@ def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, T
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the channel pairs of x (B, H, T, D) by the table's angles, (T, D) or (B, 1, T, D)."""
     if torch.is_grad_enabled() and x.requires_grad:
-        turned: Tensor = _Rotate.apply(x, cos, sin)
+        turned: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
         return turned
     return _turn(x, cos, sin)
 
@@ -61,7 +61,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def relu_squared(x: Tensor) -> Tensor:
     """max(0, x)^2 (So et al. 2021)."""
     if torch.is_grad_enabled() and x.requires_grad:
-        squared: Tensor = _ReluSquared.apply(x)
+        squared: Tensor = _ReluSquared.apply(x)  # type: ignore[no-untyped-call]
         return squared
     return F.relu(x).square()
 
@@ -73,7 +73,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return F.cross_entropy((x @ weight.T).float(), targets, reduction="sum")
-    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets)
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets)  # type: ignore[no-untyped-call]
     return loss
 
 
