@@ -19,7 +19,7 @@ from handmill.recipe import Training
 from handmill.training import checkpoint
 from handmill.training.loop import Choices, Phase, Run, Task
 from handmill.training.monitor import Monitor
-from handmill.training.optimizers import optimizers
+from handmill.training.optimizers import AdamW, optimizers
 
 CPU = torch.device("cpu")
 VOCABULARY = 11
@@ -73,9 +73,8 @@ def test_the_loss_is_the_mean_over_tokens_not_over_micro_batches(tmp_path: Path)
         return (module(data[batch[:, 1]]).squeeze(-1).square() * mask).sum(), mask.sum()
 
     seen: list[Tensor] = []
-    still = torch.optim.SGD(network.parameters(), lr=0.0)
+    still = AdamW([{"params": list(network.parameters()), "peak": 0.0}], lr=0.0)
     phase = Phase("network", network, loss, lambda b: int(b[:, 0].sum()), [still])
-    phase.optimizers[0].param_groups[0]["peak"] = 0.0
     network.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))  # type: ignore[union-attr]
     task = Task([phase], lambda p: torch.stack((lengths[p % 4], torch.from_numpy(p) % 4), 1), lambda m: (0.0, 1.0),
                 lambda m: "", 1, 1.0)

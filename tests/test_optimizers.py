@@ -8,7 +8,7 @@ from torch import nn
 
 from handmill.networks.decoder import Decoder, Settings
 from handmill.recipe import Training
-from handmill.training.optimizers import Muon, optimizers, orthogonalise, rate
+from handmill.training.optimizers import AdamW, Muon, optimizers, orthogonalise, rate
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
@@ -36,6 +36,20 @@ def test_muon_takes_the_steps_of_torchs(shape: tuple[int, int]) -> None:
     moved = (theirs - start).norm()
     assert moved > 0.1
     assert (ours - theirs).norm() < 0.01 * moved  # both work in bf16, in another order
+
+
+def test_adamw_takes_the_steps_of_torchs() -> None:
+    generator = torch.Generator().manual_seed(4)
+    start, gradients = torch.randn(5, 3, generator=generator), torch.randn(4, 5, 3, generator=generator)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    steps = (AdamW([{"params": [ours]}], 0.01, (0.9, 0.95), weight_decay=0.1),
+             torch.optim.AdamW([theirs], 0.01, (0.9, 0.95), weight_decay=0.1))
+    for gradient in gradients:
+        for p, optimizer in zip((ours, theirs), steps, strict=True):
+            p.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=0)
+    assert (ours - start).abs().max() > 0.01
 
 
 def test_muon_treats_matrices_together_as_apart() -> None:

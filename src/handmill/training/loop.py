@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from handmill.data.order import draw
 from handmill.errors import UserError
@@ -26,7 +25,7 @@ from handmill.folder import weights_of
 from handmill.recipe import Training
 from handmill.training import checkpoint, distributed
 from handmill.training.monitor import Monitor, duration
-from handmill.training.optimizers import rate
+from handmill.training.optimizers import Optimizer, rate
 from handmill.training.precision import HalfPrecision
 
 SKIPS = 3  # batches in a row that may be skipped before the run goes back to its last checkpoint
@@ -238,10 +237,7 @@ class Run:
             if self.best:
                 parts[f"{phase.name}-best"] = self.best[phase.name]
             for i, optimizer in enumerate(phase.optimizers):
-                state = optimizer.state_dict()["state"]
-                parts[f"{phase.name}-optimizer-{i}"] = {
-                    f"{index}.{key}": torch.as_tensor(value)
-                    for index, inner in state.items() for key, value in inner.items()}
+                parts[f"{phase.name}-optimizer-{i}"] = optimizer.tensors()
         return parts
 
     def resume(self) -> bool:
@@ -270,12 +266,7 @@ class Run:
             if f"{phase.name}-best" in parts:
                 self.best[phase.name] = parts[f"{phase.name}-best"]
             for i, optimizer in enumerate(phase.optimizers):
-                state: dict[int, dict[str, Tensor]] = {}
-                for name, tensor in parts[f"{phase.name}-optimizer-{i}"].items():
-                    index, _, key = name.partition(".")
-                    state.setdefault(int(index), {})[key] = tensor
-                groups = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict({"state": state, "param_groups": groups})
+                optimizer.load(parts[f"{phase.name}-optimizer-{i}"])
 
     def go_back(self, step: int) -> None:
         """Return to the last checkpoint and pass over the data that ended in numbers that are not finite."""

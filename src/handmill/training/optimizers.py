@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
 
 from handmill.recipe import Training
 
@@ -32,38 +31,96 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
+class Optimizer:
+    """Groups of parameters with their settings, and a state for each parameter, shaped as torch's optimizers are.
+
+    torch.optim.Optimizer itself imports the whole compiler when the first one is made: 0.9 s of every start.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **defaults: Any) -> None:
+        self.param_groups: list[dict[str, Any]] = [defaults | group for group in groups]
+        self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+
+    def step(self) -> None:
+        """One update of every parameter that has a gradient."""
+        raise NotImplementedError(type(self).__name__)
+
+    def parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: "place of the parameter.name" -> tensor."""
+        return {f"{i}.{name}": tensor for i, p in enumerate(self.parameters())
+                for name, tensor in self.state.get(p, {}).items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `tensors` gave."""
+        parameters = self.parameters()
+        self.state = defaultdict(dict)
+        for key, tensor in tensors.items():
+            place, _, name = key.partition(".")
+            p = parameters[int(place)]
+            self.state[p][name] = tensor.to(p.device).clone()
+
+    def _kept(self, p: Tensor, *names: str) -> list[Tensor]:
+        """The state tensors of a parameter, zero on first use."""
+        state = self.state[p]
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros((), device=p.device) if name == "step" else torch.zeros_like(p)
+        return [state[name] for name in names]
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), by torch's fused kernel."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.0) -> None:
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            due = [p for p in group["params"] if p.grad is not None]
+            if not due:
+                continue
+            steps, means, squares = zip(*(self._kept(p, "step", "exp_avg", "exp_avg_sq") for p in due), strict=True)
+            torch._foreach_add_(steps, 1)
+            beta1, beta2 = group["betas"]
+            torch._fused_adamw_(due, [p.grad for p in due], list(means), list(squares), [], list(steps),
+                                lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
+                                eps=group["eps"], amsgrad=False, maximize=False)
+
+
 class Muon(Optimizer):
     """Nesterov momentum, orthogonalised; the update is scaled by sqrt(max(1, rows / columns))."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95,
                  weight_decay: float = 0.0) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__([{"params": list(parameters)}], lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        assert closure is None
+    def step(self) -> None:
         for group in self.param_groups:
             shapes: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
                     assert p.ndim == 2, p.shape
-                    shapes[tuple(p.shape)].append(p)
-            for same in shapes.values():
-                self._step_together(same, group)
+                    shapes[min(p.shape), max(p.shape)].append(p)
+            for alike in shapes.values():
+                self._step_together(alike, group)
 
-    def _step_together(self, same: list[Tensor], group: dict[str, Any]) -> None:
-        buffers = []
-        for p in same:
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            buffers.append(state["momentum_buffer"])
-        gradients = [p.grad for p in same if p.grad is not None]
+    def _step_together(self, alike: list[Tensor], group: dict[str, Any]) -> None:
+        """Matrices of one shape, or of its transpose."""
+        buffers = [self._kept(p, "momentum_buffer")[0] for p in alike]
+        gradients = [p.grad for p in alike if p.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        updates = orthogonalise(torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])))  # (N, R, C)
-        rows, columns = same[0].shape
-        torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(same, list(updates), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+        ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])
+        wide = torch.stack([g.T if g.shape[0] > g.shape[1] else g for g in ahead])  # (N, min, max)
+        updates = [u.T if p.shape[0] > p.shape[1] else u for p, u in zip(alike, orthogonalise(wide), strict=True)]
+        torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+        for p, update in zip(alike, updates, strict=True):
+            p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
 
 
 def optimizers(network: nn.Module, training: Training) -> list[Optimizer]:
@@ -84,8 +141,7 @@ def optimizers(network: nn.Module, training: Training) -> list[Optimizer]:
     adam_matrices = outer if training.optimizer == "muon" else outer + inner
     decay = training.weight_decay if training.optimizer == "adamw" else 0.0
     groups = [{"params": adam_matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    result: list[Optimizer] = [AdamW([g for g in groups if g["params"]], lr=training.learning_rate,
-                                     betas=training.betas, fused=True)]
+    result: list[Optimizer] = [AdamW([g for g in groups if g["params"]], training.learning_rate, training.betas)]
     if training.optimizer == "muon" and inner:
         result.append(Muon(inner, training.matrix_rate, training.momentum, training.weight_decay))
     for optimizer in result:
