@@ -14,11 +14,11 @@ def verdict(result: dict[str, Any]) -> dict[str, Any]:
     `good` is true only where the model is shown to be better than a trigram model and than xz, and no copier.
     """
     trigram, worse = _against_trigram(result["baselines"]["trigram"])
-    xz, worse_than_xz = _against_xz(result)
+    xz, worse_than_xz, rival = _against_xz(result)
     copying = result["copying"]
     copies = None if "missing" in copying else bool(copying["much_more_at"])
     words = [_words("a trigram model", trigram, worse, result["baselines"]["trigram"].get("missing")),
-             _words("xz", xz, worse_than_xz, None), _copies(copying)]
+             _words(rival, xz, worse_than_xz, None), _copies(copying)]
     return {"text": "; ".join(words), "better_than_trigram": trigram, "better_than_xz": xz, "copies": copies,
             "good": trigram is True and xz is True and copies is False}
 
@@ -86,14 +86,16 @@ def _against_trigram(trigram: dict[str, Any]) -> tuple[bool | None, bool]:
     return (True if saved["low"] > 0 else False if saved["high"] < 0 else None), saved["high"] < 0
 
 
-def _against_xz(result: dict[str, Any]) -> tuple[bool | None, bool]:
-    """(better, or None; worse), against the better of the two ways to use xz."""
-    reached = [result["baselines"][name] for name in ("xz", "xz_trained")]
-    best = min(base["bits_per_character"]["value"] for base in reached if "missing" not in base)
+def _against_xz(result: dict[str, Any]) -> tuple[bool | None, bool, str]:
+    """(better, or None; worse; which), against the better of the two ways to use xz."""
+    reached = {name: result["baselines"][name] for name in ("xz", "xz_trained")}
+    bits = {name: base["bits_per_character"]["value"] for name, base in reached.items() if "missing" not in base}
+    rival = min(bits, key=bits.__getitem__)
     model = result["likelihood"]["bits_per_character"]
     if model["low"] is None:
-        return None, False
-    return (True if model["high"] < best else False if model["low"] > best else None), model["low"] > best
+        return None, False, _NAMES[rival]
+    worse = model["low"] > bits[rival]
+    return (True if model["high"] < bits[rival] else False if worse else None), worse, _NAMES[rival]
 
 
 def _words(rival: str, better: bool | None, worse: bool, missing: str | None) -> str:

@@ -11,6 +11,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,12 +24,12 @@ from torch import nn
 from handmill.errors import UserError
 from handmill.recipe import Recipe, Training
 from handmill.training import checkpoint, distributed, memory
-from handmill.training.loop import Choices, Progress, Task, evaluating
+from handmill.training.loop import SAMPLE_SHARE, Choices, Progress, Task, evaluating
 from handmill.training.monitor import duration, size
 from handmill.training.precision import compiler_found, worth_compiling
 from handmill.training.rehearsal import Rehearsal, rehearsing
 
-SPARE = 0.05  # of the free memory, left to what no plan sees
+SPARE, LEAST_SPARE = 0.05, 64 << 20  # of the free memory, and bytes at least, left to what no plan sees
 SMALL = 0.25  # of the free memory: a step surely below it is tracked on the real tensors
 SMALL_STEP = 5e10  # floating-point operations, a second on an old machine
 ACTIVATIONS = 8  # times the inputs and outputs of every matrix: more than training keeps of them
@@ -148,6 +149,7 @@ class Need:
         self.rehearsal, self.choices, self.at_once = rehearsal, choices, at_once
         self.steps: dict[tuple[int, int], int] = {}
         self.weights = sum(memory.size_of(p.network.parameters()) for p in rehearsal.task.phases)
+        self.best = self.weights if rehearsal.training.weights == "best" else 0  # the copy of the best weights so far
         self.element = rehearsal.fetch(1).nbytes
 
     def step(self, elements: int, cuts: int) -> int:
@@ -163,38 +165,36 @@ class Need:
 
     @cached_property
     def evaluation(self) -> int:
-        """In an evaluation, on real tensors from a part of it; averages there stand in for the weights, kept aside."""
+        """In an evaluation, on real tensors from a part of it, and when it ends in a new copy of the best weights.
+
+        Averages stand in for the weights meanwhile, which are kept aside.
+        """
         few = max(1, self.at_once // 8) if self.rehearsal.real else self.at_once
         peak = self.rehearsal.tracked(lambda: self.rehearsal.evaluate(self.choices, few))
         held = sum(self.rehearsal.parts())
         aside = self.weights if self.rehearsal.averages else 0
-        return held + aside + (peak - held) * self.at_once // few
+        return held + aside + max((peak + self.best - held) * self.at_once // few, self.best)
 
     @cached_property
     def saving(self) -> int:
         """While a checkpoint, and at the end the model folder, is written from copies."""
         parts = self.rehearsal.parts()
         copies = max(parts) if self.rehearsal.device.type == "cpu" else 0
-        return sum(parts) + max(copies, self.weights * (2 if self.rehearsal.averages else 1))
+        swapped = self.weights if self.best or self.rehearsal.averages else 0
+        return sum(parts) + max(copies, self.weights + swapped)
 
     def beyond(self, elements: int, share: int) -> int:
         """Beyond the weights, for `share` elements a step in micro-batches of `elements`."""
-        worst = max(self.step(elements, 2 if share > elements else 1), self.evaluation, self.saving)
-        if self.rehearsal.device.type != "cpu":
-            return worst - self.weights
+        worst = max(self.step(elements, 2 if share > elements else 1) + self.best, self.evaluation, self.saving)
         batch = self.element * (share + elements) + 32 * share  # its tokens, and their places
-        return int((worst - self.weights) * HEAP[self.choices.precision]) + batch
+        return self._in_process(worst - self.weights) + (batch if self.rehearsal.device.type == "cpu" else 0)
 
     def micro_batch(self, share: int, room: int) -> int:
         """The largest micro-batch that divides `share` and fits into `room` bytes; 0 when none does."""
-        whole = self.beyond(share, share)
-        if whole <= room:
+        if self.beyond(share, share) <= room:
             return share
-        alone = self.beyond(1, share)
-        if alone > room:
-            return 0
-        most = 1 + (room - alone) * (share - 1) // max(1, whole - alone)  # on the chord, as the need is convex
-        return next(n for n in divisors(share) if n <= most and self.beyond(n, share) <= room)
+        options = [0, *reversed(divisors(share)[1:])]  # 0 fits always
+        return options[bisect_right(options, room, lo=1, key=lambda n: self.beyond(n, share)) - 1]
 
     def largest(self, room: int) -> int:
         """The largest power of two of elements that fits in one pass, by tracking it; 0 when none does."""
@@ -208,8 +208,13 @@ class Need:
 
     def about_largest(self, elements: int, room: int) -> int:
         """`largest` from one step of `elements`: hardly ever too large, and at most a little too small."""
-        fixed = sum(self.rehearsal.parts()) - self.weights
-        return power_of_two((room - fixed) * elements // max(1, self.beyond(elements, elements) - fixed))
+        held = sum(self.rehearsal.parts())
+        each = max(1, self._in_process(self.step(elements, 1) + self.best - held) // elements + 2 * self.element)
+        return power_of_two((room - self._in_process(held - self.weights)) // each)
+
+    def _in_process(self, tensors: int) -> int:
+        """Bytes of the process, or the GPU, for so many bytes of tensors."""
+        return int(tensors * HEAP[self.choices.precision]) if self.rehearsal.device.type == "cpu" else tensors
 
 
 def make(recipe: Recipe, network: nn.Module, task: Task, device: torch.device, out: Path,
@@ -220,7 +225,8 @@ def make(recipe: Recipe, network: nn.Module, task: Task, device: torch.device, o
     the plan's `fault`. Raises UserError when `out` cannot be written, or training.compile = "yes" cannot be done.
     """
     before, mapped = memory.used(device), memory.mapped(device)
-    job = Job(recipe, task, device, out, choices, int(memory.room(device) * (1 - SPARE)))
+    free = memory.room(device)
+    job = Job(recipe, task, device, out, choices, free - max(LEAST_SPARE, int(SPARE * free)))
     with rehearsing(task, recipe.training, device) as real:
         small = not careful and is_small(job)
         sizes = sizes_in(job, real, candidates(recipe.training, device, choices), small)
@@ -251,7 +257,7 @@ def assemble(job: Job, network: nn.Module, size: Size, speed: Speed, seconds: tu
     training, (evaluate, save, sample) = job.training, seconds
     evaluations, saves = -(-training.steps // training.evaluate_every), -(-training.steps // training.save_every)
     total = training.steps * speed.step + evaluations * evaluate + saves * save
-    total += sample * int(total / (training.sample_every + sample)) if sample else 0.0
+    total += sample * int(total / (max(training.sample_every, SAMPLE_SHARE * sample) + sample)) if sample else 0.0
     needed = before + grown + size.beyond
     kept = min(saves, training.keep) + (saves > training.keep)  # one more while it is written
     disk = sum(size.parts) * kept + size.parts[0] + LINE * training.steps
@@ -459,7 +465,8 @@ def memory_fault(job: Job, size_: Size, needed: int, limit: int) -> str:
     if size_.remedy:
         return f"{said}: set training.micro_batch = {size_.remedy} (the result is the same)"
     if size_.largest:
-        return f"{said}: set training.batch = {size_.largest * distributed.world()}"
+        free = " and training.micro_batch = 0" if training.micro_batch else ""
+        return f"{said}: set training.batch = {size_.largest * distributed.world()}{free}"
     return f"{said}, too little even for a batch of 1: make the network smaller (network.width, network.layers, " \
            "network.context)"
 

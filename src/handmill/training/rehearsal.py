@@ -19,6 +19,7 @@ from handmill.folder import weights_of
 from handmill.recipe import Training
 from handmill.training import memory
 from handmill.training.loop import Choices, Task, evaluating
+from handmill.training.optimizers import Optimizer
 from handmill.training.precision import HalfPrecision, synchronise
 
 
@@ -101,14 +102,18 @@ class Rehearsal:
         """Bytes of tensors on the device at the worst moment of `work()`, weights, optimizers and averages included."""
         phases = self.task.phases
         networks, optimizers = [p.network for p in phases], [o for p in phases for o in p.optimizers]
-        return memory.tracked(work, [*networks, *optimizers, *(t for a in self.averages for t in a)], self.device)
+        kept = [*(t for o in optimizers for t in o.tensors().values()), *(t for a in self.averages for t in a)]
+        if self.real:
+            return memory.counted(work, [*networks, *kept])
+        return memory.tracked(work, [*networks, *kept], self.device)
 
     def parts(self) -> list[int]:
-        """Bytes of each file of a checkpoint: weights, averages and optimizer states, as far as they exist yet."""
+        """Bytes of a checkpoint's files: weights, averages, best weights, and the optimizer state that there is."""
         weights = [memory.size_of(weights_of(p.network).values()) for p in self.task.phases]
+        best = weights if self.training.weights == "best" else []
         states = [memory.size_of(t for s in o.state.values() for t in s.values() if isinstance(t, Tensor))
                   for p in self.task.phases for o in p.optimizers]
-        return [*weights, *map(memory.size_of, self.averages), *states]
+        return [*weights, *map(memory.size_of, self.averages), *best, *states]
 
     @contextmanager
     def without_data(self) -> "Iterator[Rehearsal]":
@@ -120,7 +125,8 @@ class Rehearsal:
         def fetch(elements: int) -> Tensor:
             return torch.zeros((elements, *example.shape[1:]), dtype=example.dtype, device=self.device)
 
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        optimizers = [o for p in self.task.phases for o in p.optimizers]
+        with FakeTensorMode(allow_non_fake_inputs=True), _without_state(optimizers):
             pairs = copy.deepcopy([(p.network, p.optimizers) for p in self.task.phases])
             phases = [replace(p, network=n, optimizers=o) for p, (n, o) in zip(self.task.phases, pairs, strict=True)]
             for phase in phases:
@@ -138,24 +144,32 @@ def rehearsing(task: Task, training: Training, device: torch.device) -> Iterator
     """A rehearsal on the real tensors, which are afterwards as they were before, bit for bit."""
     networks, optimizers = [p.network for p in task.phases], [o for p in task.phases for o in p.optimizers]
     rates = [(group, group["lr"]) for o in optimizers for group in o.param_groups]
-    states = [o.state for o in optimizers]
     buffers = [(b, b.clone()) for n in networks for b in n.buffers()]
-    for optimizer in optimizers:
-        optimizer.state = defaultdict(dict)
     for group, _ in rates:
         group["lr"] = 0.0
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with _without_state(optimizers), torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield Rehearsal(task, training, device, lambda n: task.batch(np.arange(n)), True, _averages(task, training))
     finally:
-        for optimizer, state in zip(optimizers, states, strict=True):
-            optimizer.state = state
         for group, rate in rates:
             group["lr"] = rate
         for buffer, before in buffers:
             buffer.copy_(before)
         for network in networks:
             network.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _without_state(optimizers: list[Optimizer]) -> Iterator[None]:
+    """The optimizers as if they had not stepped yet, while the block runs."""
+    states = [o.state for o in optimizers]
+    for optimizer in optimizers:
+        optimizer.state = defaultdict(dict)
+    try:
+        yield
+    finally:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.state = state
 
 
 def _averages(task: Task, training: Training) -> list[list[Tensor]]:
