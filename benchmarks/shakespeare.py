@@ -21,7 +21,7 @@ from pathlib import Path
 from table import append
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "text" / "tinyshakespeare.txt"
-LONG = ("training.steps=2600", "training.batch=24", "training.evaluate_every=650", "training.save_every=2600")
+LONG = ("training.steps=2100", "training.batch=24", "training.evaluate_every=700", "training.save_every=2100")
 
 
 def ours(data: Path, target: float, extra: tuple[str, ...]) -> tuple[float, float, float]:
@@ -33,7 +33,7 @@ def ours(data: Path, target: float, extra: tuple[str, ...]) -> tuple[float, floa
         with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
             assert process.stderr is not None
             for line in process.stderr:
-                found = re.search(r"validation ([\d.]+)", line)
+                found = re.search(r"step .* validation ([\d.]+)", line)
                 if found and float(found[1]) <= target and reached != reached:
                     reached = time.perf_counter() - start
         assert process.returncode == 0, process.returncode
@@ -60,6 +60,8 @@ def main() -> None:
         sys.exit(f"{args.data} is missing: give tiny-shakespeare's file with --data")
     extra = LONG if args.long else ()
     runs = [ours(args.data, 1.58 if args.long else 1.88, (*extra, f"seed={i + 1}")) for i in range(args.runs)]
+    missed = sum(r[0] != r[0] for r in runs)
+    assert not missed, f"{missed} of {args.runs} runs did not reach the loss"
     reached, ended, losses = (statistics.median(column) for column in zip(*runs, strict=True))
     peer_seconds, peer_loss = peer(args.data)
     append("shakespeare", {

@@ -83,3 +83,13 @@ def test_record_keeps_the_rest(path: Path) -> None:
     assert after["exports"] == {"onnx": {"error": 1e-6}}
     assert after["check"] == {"n": 3}
     assert after["files"] == before["files"]
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "recipe.toml"])
+def test_a_receipt_must_vouch_for_what_is_loaded(path: Path, name: str) -> None:
+    """A folder whose receipt leaves the weights or the recipe out would load them unverified."""
+    receipt = json.loads((path / "receipt.json").read_text())
+    del receipt["files"][name]
+    (path / "receipt.json").write_text(json.dumps(receipt))
+    with pytest.raises(UserError, match=name):
+        folder.load(path)

@@ -87,3 +87,36 @@ def test_rate_closed_forms() -> None:
     cosine = Training(steps=110, warmup=10, final_rate=0.2, schedule="cosine")
     assert rate(35, cosine) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
     assert rate(99, Training(warmup=0, schedule="constant")) == 1.0
+
+
+def test_muon_leaves_a_matrix_without_gradient_signal_where_it_is() -> None:
+    p = nn.Parameter(torch.ones(4, 6))
+    p.grad = torch.zeros_like(p)
+    Muon([p], 0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(p, torch.full((4, 6), 0.95))
+
+
+def test_a_state_taken_back_goes_on_the_same() -> None:
+    """Two steps, against one step, its state moved to a second optimizer, and the other step there: bit for bit."""
+    generator = torch.Generator().manual_seed(5)
+    start = [torch.randn(6, 4, generator=generator), torch.randn(4, generator=generator)]
+    gradients = [[torch.randn_like(s) for s in start] for _ in range(2)]
+
+    def made() -> tuple[list[nn.Parameter], list[Muon | AdamW]]:
+        ps = [nn.Parameter(s.clone()) for s in start]
+        return ps, [Muon([ps[0]], 0.1), AdamW([{"params": [ps[1]]}], 0.1)]
+
+    def step(ps: list[nn.Parameter], steppers: list[Muon | AdamW], number: int) -> None:
+        for p, g in zip(ps, gradients[number], strict=True):
+            p.grad = g.clone()
+        for optimizer in steppers:
+            optimizer.step()
+
+    (one, first), (two, second) = made(), made()
+    step(one, first, 0)
+    for a, b, p, q in zip(first, second, one, two, strict=True):
+        b.load(a.tensors())
+        q.data.copy_(p.data)
+    step(one, first, 1)
+    step(two, second, 1)
+    assert all(torch.equal(p, q) for p, q in zip(one, two, strict=True))

@@ -73,3 +73,21 @@ def test_windows_in_turn() -> None:
     assert windows[:, 1:].reshape(-1).tolist() == list(range(1, 91))
     assert in_turn(tokens, 10, limit=30).shape == (3, 11)
     assert in_turn(tokens[:5], 10).shape == (1, 5)
+
+
+@pytest.mark.parametrize("tokens", [17, 20, 31, 33, 47])
+def test_a_short_text_is_told_a_context_that_works(tokens: int) -> None:
+    text = np.zeros(tokens, np.uint16)
+    try:
+        Windows(text, 16, 1)
+    except UserError as error:
+        Windows(text, int(str(error).rsplit(" ", 1)[1]), 1)
+
+
+@pytest.mark.parametrize("tokens", [100, 111, 112, 113])
+def test_every_token_is_predicted_in_some_epoch(tokens: int) -> None:
+    """Only the first can never be: nothing stands before it."""
+    windows, predicted = windows_in_epoch(tokens, 16), np.zeros(tokens, bool)
+    starts = window_starts(np.arange(400 * windows), tokens, 16, 1)
+    predicted[(starts[:, None] + 1 + np.arange(16)).ravel()] = True
+    assert np.flatnonzero(~predicted).tolist() == [0]

@@ -2,17 +2,20 @@
 
 Memory is what MemTracker counts in a training step, an evaluation and a save; the worst of them is planned for. A step
 that might not fit is tracked with tensors that hold no data (FakeTensorMode), so that planning never takes what it
-plans. Only a step far below the free memory is tracked on the real ones, which is quicker. Time is that of real steps.
+plans. Only a step far below the free memory is counted on the real ones, which is quicker. Time is that of real steps.
 
 An element is one item of a batch, such as the sequence of a text model.
 """
 
 import shutil
+import signal
 import statistics
 import tempfile
+import threading
 import time
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +29,7 @@ from handmill.recipe import Recipe, Training
 from handmill.training import checkpoint, distributed, memory
 from handmill.training.loop import SAMPLE_SHARE, Choices, Progress, Task, evaluating
 from handmill.training.monitor import duration, size
-from handmill.training.precision import compiler_found, worth_compiling
+from handmill.training.precision import COMPILE_GAIN, compiler_found, worth_compiling
 from handmill.training.rehearsal import Rehearsal, rehearsing
 
 SPARE, LEAST_SPARE = 0.05, 64 << 20  # of the free memory, and bytes at least, left to what no plan sees
@@ -146,7 +149,8 @@ class Need:
     """Bytes of tensors on the device, at the worst moments of a run with these choices."""
 
     def __init__(self, rehearsal: Rehearsal, choices: Choices, at_once: int) -> None:
-        self.rehearsal, self.choices, self.at_once = rehearsal, choices, at_once
+        self.rehearsal, self.at_once = rehearsal, at_once
+        self.choices = replace(choices, compiled=False)  # the compiler needs no more than the operators one by one
         self.steps: dict[tuple[int, int], int] = {}
         self.weights = sum(memory.size_of(p.network.parameters()) for p in rehearsal.task.phases)
         self.best = self.weights if rehearsal.training.weights == "best" else 0  # the copy of the best weights so far
@@ -369,9 +373,9 @@ def measure(job: Job, real: Rehearsal, choices: Choices, micro: int, best: Speed
         passes.append(real.passes(choices, elements))
         updates += [real.update()] if not best else []
         real.drop()
-        pace = statistics.median(passes)
+        pace = statistics.median_low(passes)
         whole = pace if elements == micro else one + (pace - one) * (micro - 1) / max(1, elements - 1)
-        speed = Speed(choices, whole * job.share / micro, statistics.median(updates), elements)
+        speed = Speed(choices, whole * job.share / micro, statistics.median_low(updates), elements)
         if (best and speed.step > SLOWER * best.step) or pace > LONGEST / 3:
             break
         budget = min(PROBE_SECONDS, PROBE_SHARE * job.training.steps * speed.step)
@@ -389,7 +393,7 @@ def affordable(job: Job, real: Rehearsal, choices: Choices, micro: int) -> tuple
 
 
 def compiled(job: Job, real: Rehearsal, eager: Speed, reasons: list[str]) -> tuple[Speed, int]:
-    """The faster of the eager and the compiled step where compiling can pay, and the bytes that the compiler keeps."""
+    """The faster of the eager and the compiled step where compiling can pay, and the bytes that the compiler takes."""
     wish, before = job.training.compile, memory.used(job.device)
     if job.kept or wish == "no":
         return eager, 0
@@ -397,20 +401,41 @@ def compiled(job: Job, real: Rehearsal, eager: Speed, reasons: list[str]) -> tup
         found = compiler_found(job.device)
         reasons.append("not compiled, " + ("the run is too short to win it back" if found else "no compiler was found"))
         return eager, 0
+    speed, why = eager, ""
     try:
-        speed = measure(job, real, replace(eager.choices, compiled=True), eager.elements)
+        with time_limit(COMPILE_GAIN * eager.step * job.training.steps if wish == "auto" else 0.0):
+            speed = measure(job, real, replace(eager.choices, compiled=True), eager.elements)
     except Exception as error:  # whatever a compiler raises
-        why = str(error).strip().splitlines() or [type(error).__name__]
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if wish == "yes":
-            raise UserError(f'the compiler failed ({why[0]}): set training.compile = "no"') from error
-        reasons.append(f"not compiled, the compiler failed ({why[0]})")
-        return eager, 0
+            raise UserError(f'the compiler failed ({why}): set training.compile = "no"') from error
+        real.drop()
+    grown = max(0, memory.used(job.device) - before)
     took = f"{1000 * speed.step:.3g} ms a step compiled, {1000 * eager.step:.3g} ms not"
     if wish == "auto" and speed.step > FASTER * eager.step:
-        reasons.append(f"not compiled: {took}")
-        return eager, 0
+        reasons.append(f"not compiled, the compiler failed ({why})" if why else f"not compiled: {took}")
+        return eager, grown
     reasons.append(f"compiled: {took}")
-    return speed, max(0, memory.used(job.device) - before)
+    return speed, grown
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after so many seconds (0: never); only a main thread can be stopped so."""
+    if not seconds or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it took more than the {duration(seconds)} that it could save")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def surplus(real: Rehearsal, speed: Speed, mapped: int) -> int:
