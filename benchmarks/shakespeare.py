@@ -69,7 +69,7 @@ def main() -> None:
         "reached, s": f"{reached:.1f}" + f" ({min(r[0] for r in runs):.1f} to {max(r[0] for r in runs):.1f})",
         "command ended, s": f"{ended:.1f}", "validation loss": f"{losses:.4f}",
         "peer, s": f"{peer_seconds:.1f}", "peer loss": f"{peer_loss:.4f}",
-        "times faster": f"{peer_seconds / reached:.1f}"})
+        "times faster": "" if args.long else f"{peer_seconds / reached:.1f}"})
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ def main() -> None:
             seconds = in_turns(sides, args.seconds)
         assert task is not None
         tokens = batch * settings.context
-        row = {"model": name, "our optimizer": optimizer, "peak fp32 / bf16, GFLOP/s": " / ".join(f"{peaks[p] / 1e9:.0f}" for p in peaks)}
+        row = {"model": name, "our optimizer": optimizer,
+               "peak fp32 / bf16, GFLOP/s": " / ".join(f"{peak / 1e9:.0f}" for peak in peaks.values())}
         for side in ("fp32", "bf16"):
             share = tokens / seconds[side] * task.flops / peaks[side]
             row[f"ours {side}, tokens/s"] = f"{tokens / seconds[side]:.0f} ({100 * share:.0f} % of the peak)"
