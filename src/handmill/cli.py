@@ -71,9 +71,9 @@ def export(args: argparse.Namespace) -> None:
 
     result = export(args.folder, args.to)
     print(f"wrote {args.folder / 'exports' / args.to}")
-    for key, value in result.items():
-        if not isinstance(value, dict | list):
-            print(f"  {key.replace('_', ' '):24s} {value}")
+    print(f"largest difference from the trained network's logits: {result['logits_error']:.2g} "
+          f"(allowed {result['tolerance']:.2g}), {result['greedy_tokens']} greedy tokens the same\n"
+          f"compared with {result['compared_with']} on {result['compared_on']}; recorded in the receipt")
 
 
 def serve(args: argparse.Namespace) -> None:

@@ -12,19 +12,17 @@ from torch import nn
 
 from handmill import folder as folders
 from handmill import recipe as recipes
-from handmill.data.order import draw
 from handmill.data.report import report_lines
 from handmill.errors import UserError
-from handmill.families import next_token
 from handmill.families.autoregressive import greedy
 from handmill.media import text
-from handmill.networks import build
 from handmill.recipe import Recipe
 from handmill.training import checkpoint, distributed, plan
 from handmill.training.curve import draw as draw_curve
 from handmill.training.loop import Choices, Progress, Run, Task
 from handmill.training.monitor import Monitor, duration, size
-from handmill.training.precision import cached_kernels, free_threads, keep_freed_memory, machine, matrix_peak
+from handmill.training.precision import free_threads, machine, matrix_peak
+from handmill.verbs.setup import assemble, begin
 
 GREEDY_TOKENS = 32  # what the receipt keeps of a greedy sample, for the server to compare with
 
@@ -37,11 +35,7 @@ def train(recipe: Recipe | Path | str, out: Path | str | None = None, overrides:
     Raises UserError for anything the user can mend.
     """
     started = time.perf_counter()
-    if not isinstance(recipe, Recipe):
-        recipe = recipes.read(recipe, overrides)
-    out = Path(out) if out is not None else Path("runs") / recipe.name
-    keep_freed_memory()
-    cached_kernels()
+    recipe, out = begin(recipe, out, overrides)
     with distributed.session() as device:
         return _train(recipe, out, device, quiet or distributed.rank() > 0, started)
 
@@ -53,10 +47,7 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
             packed = text.prepare(recipe, out.parent / ".prepared", progress=not quiet)
     if distributed.rank() > 0:
         packed = text.prepare(recipe, out.parent / ".prepared", progress=False)
-    codec = packed.codec()
-    torch.manual_seed(draw(recipe.seed, "weights"))
-    network = build(recipe.network, codec.size).to(device)
-    task = next_token.task(network, codec, packed, recipe)
+    network, task = assemble(recipe, packed, device)
     saved = checkpoint.load(out / "checkpoints")
     choices = Choices(**saved[1]["choices"]) if saved else None
     torch.set_num_threads(choices.threads if choices else free_threads())
