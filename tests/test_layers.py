@@ -82,6 +82,15 @@ def test_attend_equals_the_formula(time: int, key_heads: int, dtype: torch.dtype
                                                     else {"atol": 0.3, "rtol": 0.1}))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_dropout_keeps_the_mean(dtype: torch.dtype) -> None:
+    q, k, v = (drawn(1, 2, 16, 8, dtype=torch.float32).detach().to(dtype).requires_grad_() for _ in range(3))
+    torch.manual_seed(1)
+    drops = torch.stack([layers.attend(q, k, v, None, 0.3, 0.5).detach().float() for _ in range(3000)])
+    assert drops.std(0).max() > 0.1
+    torch.testing.assert_close(drops.mean(0), layers.attend(q, k, v, None, 0.3, 0.0).float(), atol=0.08, rtol=0)
+
+
 def test_norms_equal_torchs() -> None:
     x = drawn(3, 8, dtype=torch.float32)
     norm = layers.RMSNorm(8, 1e-5)
