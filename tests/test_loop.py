@@ -156,8 +156,8 @@ def test_the_average_is_what_is_evaluated(tmp_path: Path) -> None:
 
 
 def test_the_best_weights_are_kept_and_survive_a_resume(tmp_path: Path) -> None:
-    """Random tokens at a high rate: the validation loss only rises after the first evaluation."""
-    training = replace(TRAINING, ema=0.0, warmup=0, learning_rate=0.3, schedule="constant", evaluate_every=1)
+    """At a rate that grows from useful to absurd, the validation loss falls first and rises later."""
+    training = replace(TRAINING, steps=12, warmup=12, ema=0.0, learning_rate=10.0, evaluate_every=1)
     run = run_of(task_of(training), training, tmp_path)
     progress = run.train()
     assert progress.best_step < progress.step

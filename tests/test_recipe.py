@@ -22,7 +22,7 @@ def test_shipped_recipes_read_and_round_trip(name: str, tmp_path: Path) -> None:
 
 
 @settings(deadline=None)
-@given(steps=st.integers(1, 10**9), rate=st.floats(1e-9, 10.0), name=st.text(min_size=1, max_size=20))
+@given(steps=st.integers(1, 10**9), rate=st.floats(1e-9, 10.0), name=st.text("abcXYZ é-_08東", min_size=1, max_size=20))
 def test_any_values_round_trip(steps: int, rate: float, name: str) -> None:
     table = recipes.read("gpt").table()
     table["name"] = name
@@ -79,6 +79,13 @@ def test_mistakes_name_the_line_and_the_remedy(tmp_path: Path, line: str, said: 
 def test_overrides_that_cannot_be(override: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         recipes.read("gpt", [override])
+
+
+def test_a_bad_override_does_not_blame_a_line_of_the_file() -> None:
+    for override in ("training.steps='many'", "nope=1", "training.stepz=1"):
+        with pytest.raises(UserError) as caught:
+            recipes.read("gpt", [override])
+        assert ", line" not in str(caught.value)
 
 
 def test_a_recipe_that_is_not_there() -> None:

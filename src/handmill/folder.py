@@ -120,6 +120,10 @@ def verify(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: name a model folder that `handmill train` wrote")
     receipt = read_receipt(path)
+    for name in ("recipe.toml", "weights.safetensors", "codec/tokenizer.json"):
+        if name not in receipt["files"]:
+            raise UserError(f"{path / 'receipt.json'} does not vouch for {name}: copy the folder again from where "
+                            "it was made, or train again")
     for name, expected in receipt["files"].items():
         file = path / name
         if not file.resolve().is_relative_to(path.resolve()):

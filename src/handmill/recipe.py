@@ -64,11 +64,13 @@ class Training:
     def __post_init__(self) -> None:
         positive(self, "steps", "batch", "learning_rate", "matrix_rate", "evaluate_every", "save_every", "keep")
         within(self, 0.0, 1.0, "final_rate", "ema", "momentum")
+        not_negative(self, "micro_batch", "weight_decay", "warmup", "clip", "evaluate_tokens", "sample_every",
+                     "stop_at")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas = {list(self.betas)} must both lie in [0, 1)")
         if self.micro_batch and self.batch % self.micro_batch:
             raise UserError(f"training.batch = {self.batch} cannot be cut into micro-batches of {self.micro_batch}: "
                             "choose a training.micro_batch that divides it")
-        if self.warmup < 0 or self.clip < 0:
-            raise UserError("training.warmup and training.clip must not be negative")
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,17 @@ class Recipe:
 
 
 def positive(settings: Any, *names: str) -> None:
-    """Raise UserError unless every named setting is above zero."""
+    """Raise UserError unless every named setting is above zero and finite."""
     for name in names:
-        if not getattr(settings, name) > 0:
+        if not 0 < getattr(settings, name) < float("inf"):
             raise UserError(f"{name} = {getattr(settings, name)!r} must be above 0")
+
+
+def not_negative(settings: Any, *names: str) -> None:
+    """Raise UserError unless every named setting is zero or above, and finite."""
+    for name in names:
+        if not 0 <= getattr(settings, name) < float("inf"):
+            raise UserError(f"{name} = {getattr(settings, name)!r} must be 0 or more")
 
 
 def within(settings: Any, low: float, high: float, *names: str) -> None:
@@ -116,12 +125,14 @@ def read(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
         table = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
+    overrides = list(overrides)
     for override in overrides:
         _override(table, override)
     try:
         return parse(table)
     except UserError as error:
-        raise UserError(f"{path}{_line_of(text, str(error))}: {error}") from None
+        given = {override.partition("=")[0].strip() for override in overrides}
+        raise UserError(f"{path}{_line_of(text, str(error), given)}: {error}") from None
 
 
 def find(path: Path | str) -> Path:
@@ -158,6 +169,8 @@ def parse(table: Mapping[str, Any]) -> Recipe:
     _no_unknown(table, [f.name for f in dataclasses.fields(Recipe)], "")
     values: dict[str, Any] = {k: _convert(table.get(k, d), t, k)
                               for k, t, d in (("name", str, "model"), ("seed", int, 1))}
+    if not values["name"] or values["name"] != Path(values["name"]).name or values["name"].startswith("."):
+        raise UserError(f"name = {values['name']!r} must be a plain file name, because the model folder is runs/NAME")
     for key, cls in classes.items():
         values[key] = build(cls, table.get(key, {}), key)
     return Recipe(medium=medium, family=family, **values)
@@ -246,10 +259,13 @@ def _override(table: dict[str, Any], text: str) -> None:
     table[last] = parsed
 
 
-def _line_of(text: str, message: str) -> str:
-    """`, line N` for the first dotted key that the message names and the text holds, else nothing."""
-    for dotted in re.findall(r"[a-z_]+(?:\.[a-z_]+)*|\[[a-z_]+\] [a-z_]+", message):
+def _line_of(text: str, message: str, overridden: set[str]) -> str:
+    """`, line N` for the first dotted key that the message complains of and the text holds, else nothing."""
+    complaint = re.split(r", did you mean|; known|: did you mean|: choose", message)[0]
+    for dotted in re.findall(r"[a-z_]+(?:\.[a-z_]+)*|\[[a-z_]+\] [a-z_]+", complaint):
         *tables, key = re.findall(r"[a-z_]+", dotted)
+        if ".".join([*tables, key]) in overridden:
+            continue
         current = ""
         for number, line in enumerate(text.splitlines(), 1):
             if match := re.match(r"\s*\[([\w.]+)\]", line):

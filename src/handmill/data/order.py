@@ -63,7 +63,7 @@ def window_starts(items: NDArray[np.int64], tokens: int, context: int, seed: int
     for epoch in np.unique(epochs):
         here = epochs == epoch
         spare = tokens - 1 - per_epoch * context  # the offset may be anything in [0, spare]
-        offset = draw(seed, "offset", int(epoch)) % (min(spare, context - 1) + 1)
+        offset = draw(seed, "offset", int(epoch)) % (spare + 1)
         starts[here] = offset + context * permute(places[here], per_epoch, draw(seed, "order", int(epoch)))
     assert starts.size == 0 or starts.max() + context + 1 <= tokens
     return starts

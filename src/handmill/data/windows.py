@@ -15,7 +15,7 @@ class Windows:
     def __init__(self, tokens: NDArray[np.unsignedinteger], context: int, seed: int) -> None:
         if windows_in_epoch(len(tokens), context) < 1:
             raise UserError(f"the training text has {len(tokens)} tokens, less than one context of {context}: "
-                            f"add text, or set network.context to at most {max(1, len(tokens) - 1)}")
+                            f"add text, or set network.context to at most {max(1, len(tokens) // 2)}")
         self.tokens, self.context, self.seed = tokens, context, seed
         self.columns = np.arange(context + 1)
 

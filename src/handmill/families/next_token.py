@@ -49,4 +49,5 @@ def task(network: nn.Module, codec: Any, packed: Any, recipe: Recipe) -> Task:
         return " ".join("".join(p.text for p in pieces).split())
 
     flops: float = network.flops_per_token()  # type: ignore[operator,assignment]
-    return Task([phase], windows.batch, lambda module: evaluate(module, held_out), sample, context, flops)
+    return Task([phase], windows.batch, lambda module: evaluate(module, held_out), sample, context, flops,
+                held_out=held_out[:, 1:].numel(), at_once=max(1, EVALUATED_AT_ONCE // (context + 1)))

@@ -24,7 +24,7 @@ from handmill.networks.layers import (
     rotary_table,
     rotate,
 )
-from handmill.recipe import positive, within
+from handmill.recipe import not_negative, positive, within
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Settings:
     def __post_init__(self) -> None:
         positive(self, "layers", "width", "heads", "context", "norm_epsilon", "theta")
         within(self, 0.0, 0.99, "dropout")
+        not_negative(self, "kv_heads", "hidden", "attention_scale")
         if self.width % self.heads:
             raise UserError(f"width = {self.width} is not divisible by heads = {self.heads}: "
                             f"choose a multiple of {self.heads}")

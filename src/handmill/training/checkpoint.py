@@ -77,6 +77,15 @@ def load(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any], list[str]] |
     return None
 
 
+def newest_facts(folder: Path) -> dict[str, Any] | None:
+    """The facts of the checkpoint that `load` would take, without its tensors."""
+    for path in checkpoints(folder):
+        if verify(path) is None:
+            facts: dict[str, Any] = json.loads((path / "facts.json").read_text(encoding="utf-8"))
+            return facts
+    return None
+
+
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:

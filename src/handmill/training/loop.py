@@ -55,6 +55,8 @@ class Task:
     sample: Callable[[nn.Module], str]
     items: int  # in the loss, per element of a batch (the tokens of a sequence)
     flops: float  # of training on one item, forward and backward
+    held_out: int = 0  # items that an evaluation scores
+    at_once: int = 0  # elements of a batch in one pass of an evaluation
 
 
 @dataclass

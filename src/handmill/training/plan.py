@@ -105,12 +105,12 @@ class Job:
     @property
     def held_out(self) -> int:
         """Items in an evaluation."""
-        return getattr(self.task, "held_out", 0) or self.training.evaluate_tokens or 100_000
+        return self.task.held_out or self.training.evaluate_tokens or 100_000
 
     @property
     def at_once(self) -> int:
         """Elements in one pass of an evaluation."""
-        return getattr(self.task, "at_once", 0) or max(1, 8192 // self.task.items)
+        return self.task.at_once or max(1, 8192 // self.task.items)
 
     @property
     def _asked(self) -> int:

@@ -48,14 +48,14 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
     if distributed.rank() > 0:
         packed = text.prepare(recipe, out.parent / ".prepared", progress=False)
     network, task = assemble(recipe, packed, device)
-    saved = checkpoint.load(out / "checkpoints")
-    choices = Choices(**saved[1]["choices"]) if saved else None
+    saved = checkpoint.newest_facts(out / "checkpoints")
+    choices = Choices(**saved["choices"]) if saved else None
     torch.set_num_threads(choices.threads if choices else free_threads())
     made = plan.make(recipe, network, task, device, out, choices) if distributed.rank() == 0 else None
     planned = distributed.agreed(made)
     plan.refuse(planned, recipe)
     peak = matrix_peak(device, torch.bfloat16 if planned.choices.precision == "bf16" else torch.float32)
-    monitor = Monitor(out, quiet, saved[1]["progress"]["step"] if saved else 0)
+    monitor = Monitor(out, quiet, saved["progress"]["step"] if saved else 0)
     try:
         for line in [*report_lines(packed.report), *plan.lines(planned)]:
             monitor.say(line)
