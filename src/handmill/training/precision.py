@@ -54,7 +54,7 @@ def free_threads() -> int:
     threads = torch.get_num_threads()
     if "OMP_NUM_THREADS" in os.environ or threads == 1:
         return threads
-    now = psutil.cpu_percent(0.1) / 100 * (psutil.cpu_count() or 1)
+    now = psutil.cpu_percent(0.05) / 100 * (psutil.cpu_count() or 1)
     return max(1, threads - round(min(now, psutil.getloadavg()[0])))
 
 
@@ -64,7 +64,7 @@ def cached_kernels() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
+def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.05) -> float:
     """Measured FLOP/s of a square matrix product: what the best step could reach."""
     size = 4096 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device).to(dtype)
