@@ -26,6 +26,7 @@ from handmill.data.progress import Bar
 from handmill.data.report import compose
 from handmill.data.sources import Source, find
 from handmill.data.splits import Parts
+from handmill.disk import flush
 from handmill.errors import UserError
 from handmill.media import tokenizers
 from handmill.media.tokenizers import Tokenizer
@@ -72,9 +73,9 @@ def _staged(folder: Path) -> Iterator[Path]:
         work.mkdir()
         yield work
         for path in [*work.rglob("*"), work]:
-            _sync(path)
+            flush(path)
         _put(work, folder)
-        _sync(folder.parent)
+        flush(folder.parent)
     except OSError as error:
         raise _said(error, folder.parent) from error
     finally:
@@ -103,14 +104,6 @@ def _said(error: OSError, cache: Path) -> UserError:
                          "the corpus there, or train in a folder on another disk")
     return UserError(f"prepared data cannot be written to {cache} ({error.strerror or error}): "
                      "make the folder writable or train in another one")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _make(recipe: Recipe, sources: list[Source], mark: str, work: Path, progress: bool) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from handmill.disk import flush
 from handmill.errors import UserError
 from handmill.folder import fingerprint
 
@@ -37,14 +38,14 @@ def save(folder: Path, step: int, parts: dict[str, Tensors], facts: dict[str, An
         (staged / "facts.json").write_text(json.dumps({"step": step, **facts}), encoding="utf-8")
         manifest = {}
         for file in sorted(staged.iterdir()):
-            _flush(file)
+            flush(file)
             manifest[file.name] = fingerprint(file)
         (staged / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _flush(staged / "MANIFEST.json")
-        _flush(staged)
+        flush(staged / "MANIFEST.json")
+        flush(staged)
         _clear(final)
         os.rename(staged, final)
-        _flush(folder)
+        flush(folder)
     except Exception as error:  # safetensors raises its own type for a full disk
         _clear(staged)
         raise UserError(_reason(error, folder, step)) from error
@@ -112,14 +113,6 @@ def clear_leftovers(folder: Path) -> None:
 def _clear(path: Path) -> None:
     if path.exists():
         shutil.rmtree(path)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _reason(error: Exception, folder: Path, step: int) -> str:
