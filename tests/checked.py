@@ -32,11 +32,10 @@ def write(where: Path, name: str = "tiny", codec: str = "byte", lines: int = 400
                          "codec": {"kind": codec}, "network": network, "check": {"samples": 8, "sample_tokens": 80}})
     packed = text.prepare(made, where / ".prepared", progress=False)
     torch.manual_seed(1)
-    weights = folder.weights_of(build(made.network, packed.codec().size))
+    weights = folder.weights_of(build(made.network, packed.codec()))
     weights = {key: weight + 0.1 * torch.randn_like(weight) for key, weight in weights.items()}
-    parts = {"codec": packed.folder / "codec"}
-    kept = [p for p in packed.folder.iterdir() if p.is_file() and not p.name.startswith("train")]
-    folder.write(where / name, made, weights, parts | {f"data/{p.name}": p for p in kept}, training(packed, steps))
+    parts = {f"data/{name}": packed.folder / name for name in packed.held_out_files()}
+    folder.write(where / name, made, weights, packed.codec(), parts, training(packed, steps))
     rows = [{"step": step, "loss": 5 - step, "rate": 1.0} for step in range(1, steps + 1)]
     (where / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return where / name

@@ -76,7 +76,7 @@ def test_the_loss_is_the_mean_over_tokens_not_over_micro_batches(tmp_path: Path)
     still = AdamW([{"params": list(network.parameters()), "peak": 0.0}], lr=0.0)
     phase = Phase("network", network, loss, lambda b: int(b[:, 0].sum()), [still])
     network.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))  # type: ignore[union-attr]
-    task = Task([phase], lambda p: torch.stack((lengths[p % 4], torch.from_numpy(p) % 4), 1), lambda m: (0.0, 1.0),
+    task = Task([phase], lambda p: torch.stack((lengths[p % 4], torch.from_numpy(p) % 4), 1), lambda m: {"loss": 0.0, "items": 1.0},
                 lambda m: "", 1, 1.0)
     training = replace(TRAINING, batch=4, clip=0.0, ema=0.0)
     run_of(task, training, tmp_path, micro_batch=1).phase_step(phase, np.arange(4))
@@ -150,9 +150,9 @@ def test_the_average_is_what_is_evaluated(tmp_path: Path) -> None:
     run = run_of(task, TRAINING, tmp_path)
     run.train()
     with run.averaged():
-        nats, tokens = task.evaluate(task.phases[0].network)
-    assert run.progress.validation == pytest.approx(nats / tokens, rel=1e-6)
-    assert nats / tokens != pytest.approx(np.divide(*task.evaluate(task.phases[0].network)), rel=1e-6)
+        sums = task.evaluate(task.phases[0].network)
+    assert run.progress.validation == pytest.approx(sums["loss"] / sums["items"], rel=1e-6)
+    assert sums["loss"] != pytest.approx(task.evaluate(task.phases[0].network)["loss"], rel=1e-6)
 
 
 def test_the_best_weights_are_kept_and_survive_a_resume(tmp_path: Path) -> None:
@@ -167,8 +167,8 @@ def test_the_best_weights_are_kept_and_survive_a_resume(tmp_path: Path) -> None:
     task = again.task
     for chosen in (run, again):
         with chosen.chosen():
-            nats, tokens = task.evaluate(chosen.task.phases[0].network)
-        assert nats / tokens == pytest.approx(progress.best, rel=1e-6)
+            sums = task.evaluate(chosen.task.phases[0].network)
+        assert sums["loss"] / sums["items"] == pytest.approx(progress.best, rel=1e-6)
 
 
 def test_bf16_trains_to_nearly_the_same_loss(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,10 +46,10 @@ def recipe_of(network: dict[str, Any] | None = None, **training: Any) -> Recipe:
 
 def task_of(recipe: Recipe) -> tuple[torch.nn.Module, Task]:
     torch.manual_seed(0)
-    network = build(recipe.network, VOCABULARY)
+    network = build(recipe.network, SimpleNamespace(size=VOCABULARY))
     for p in network.parameters():  # nothing stays at zero, so that every step would move something
         torch.nn.init.normal_(p, std=0.1)
-    return network, next_token.task(network, None, Packed(), recipe)
+    return network, next_token.task(network, None, Packed(), recipe, Path())
 
 
 def plan_of(recipe: Recipe, out: Path, **how: Any) -> plan.Plan:
@@ -358,7 +359,7 @@ with rehearsing(task, recipe.training, CPU) as real, real.without_data() as fake
 room = (needed[256] + needed[32]) // 2
 resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + room,) * 2)
 refused = recipe_of({{"width": 64, "context": 64}}, batch=256, steps=2, micro_batch=256)
-again = plan.make(refused, network, next_token.task(network, None, Packed(), refused), CPU, out)
+again = plan.make(refused, network, next_token.task(network, None, Packed(), refused, out), CPU, out)
 assert "set training.micro_batch = " in again.fault, again.fault
 planned = plan.make(replace(recipe, training=replace(recipe.training, precision="fp32")), network, task, CPU, out)
 assert not planned.fault, planned.fault

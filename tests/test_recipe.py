@@ -111,7 +111,7 @@ def test_new_keeps_the_comments(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("override", [
     "training.micro_batch=-1", "training.betas=[0.9, 1.5]", "training.betas=[-0.1, 0.95]", "training.learning_rate=inf",
-    "training.weight_decay=-0.1", "training.evaluate_tokens=-5", "training.sample_every=-1", "training.clip=nan",
+    "training.weight_decay=-0.1", "training.evaluate_items=-5", "training.sample_every=-1", "training.clip=nan",
     "network.kv_heads=-2", "network.hidden=-4", "name='../elsewhere'", "name=''",
 ])
 def test_values_that_cannot_be_are_refused_before_anything_runs(override: str) -> None:

@@ -349,11 +349,11 @@ def test_a_failing_request_is_answered_and_does_not_end_the_server(models: dict[
 def test_the_greedy_tokens_of_training_must_be_repeated(tmp_path: Path, models: dict[str, Model]) -> None:
     prompt = [models["tiny"].codec.end, 70, 80, 90]
     tokens = greedy(models["tiny"].network, prompt, 20)
-    good = tiny.write(tmp_path / "good", training={"greedy": {"prompt_tokens": prompt, "tokens": tokens}})
+    good = tiny.write(tmp_path / "good", training={"witness": {"prompt_tokens": prompt, "tokens": tokens}})
     assert list(verb.load([good])) == ["good"]
     wrong = [*tokens[:-1], (tokens[-1] + 1) % 256]
-    bad = tiny.write(tmp_path / "bad", training={"greedy": {"prompt_tokens": prompt, "tokens": wrong}})
-    with pytest.raises(UserError, match="bad does not make the tokens that its receipt holds"):
+    bad = tiny.write(tmp_path / "bad", training={"witness": {"prompt_tokens": prompt, "tokens": wrong}})
+    with pytest.raises(UserError, match="bad does not answer as its receipt says"):
         verb.load([good, bad])
 
 

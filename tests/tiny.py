@@ -25,12 +25,11 @@ def write(path: Path, network: dict[str, Any] = DEFAULT, codec: str = "byte", se
     settings = {"kind": codec} | ({"vocabulary": 300} if codec == "bpe" else {})
     made = recipe.parse({"name": "tiny", "medium": "text", "family": "autoregressive", "seed": seed,
                          "codec": settings, "network": network, "sampling": sampling or {}})
-    tokenizer, saved = tokenizers.train(made.codec, [TEXT]), path.with_name(f"{path.name}-codec")
-    tokenizer.save(saved)
+    tokenizer = tokenizers.train(made.codec, [TEXT])
     torch.manual_seed(seed)
-    weights = folder.weights_of(build(made.network, tokenizer.size))
+    weights = folder.weights_of(build(made.network, tokenizer))
     weights = {name: weight + 0.1 * torch.randn_like(weight) for name, weight in weights.items()}
-    folder.write(path, made, weights, {"codec": saved}, training or {"seed": seed})
+    folder.write(path, made, weights, tokenizer, {}, training or {"seed": seed})
     return path
 
 

@@ -40,7 +40,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    from handmill.checks.text import lines
+    from handmill.checks import lines
     from handmill.verbs.check import check
 
     print("\n".join(lines(check(args.folder, True, **pairs(args.overrides)))))
@@ -50,12 +50,15 @@ def generate(args: argparse.Namespace) -> None:
     from handmill import folder
     from handmill.verbs.generate import generate, stream
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")
-    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "steps", "guidance",
+             "sampler")
+    settings = pairs(args.set) | {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     settings |= {"seed": args.seed} | ({"stop": tuple(args.stop)} if args.stop else {})
     model = folder.load(args.folder)
+    if model.recipe.medium == "image":
+        return _images(args, model, settings)
     prompts = [p.read_text(encoding="utf-8") for p in args.prompt_file] + args.prompt or [""]
-    prompts = [p for p in prompts for _ in range(args.n)]
+    prompts = [p for p in prompts for _ in range(args.n or 1)]
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
         for piece in stream(model, prompts[0], runtime=args.runtime, **settings):
@@ -64,6 +67,17 @@ def generate(args: argparse.Namespace) -> None:
         return
     for i, text in enumerate(generate(model, prompts, runtime=args.runtime, **settings)):
         print(f"--- {i + 1}\n{prompts[i]}{text}")
+
+
+def _images(args: argparse.Namespace, model: Any, settings: dict[str, Any]) -> None:
+    from handmill.verbs.generate import save_images
+
+    classes = list(model.codec.classes) or [""]
+    prompts = [p for p in args.prompt for _ in range(args.n or 1)] or [
+        classes[i % len(classes)] for i in range(args.n or 16)]
+    out = args.out or args.folder / "samples"
+    for path in save_images(model, prompts, out, runtime=args.runtime, **settings):
+        print(path)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -145,20 +159,26 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("folder", type=Path, help="a model folder")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe's [check] table")
 
-    p = verb(generate, "make text", 'runs/notes "Once upon" --temperature 0.7 --max-tokens 100 --seed 3')
+    p = verb(generate, "make text or images", 'runs/notes "Once upon" --temperature 0.7 --max-tokens 100 --seed 3\n'
+             "  handmill generate runs/digits 7 -n 16 --steps 20 --out sevens")
     p.add_argument("folder", type=Path, help="a model folder")
-    p.add_argument("prompt", nargs="*", help="texts to continue (default: start from nothing)")
+    p.add_argument("prompt", nargs="*", help="texts to continue, or classes of images (default: start from nothing)")
     p.add_argument("--prompt-file", type=Path, action="append", default=[], help="a file whose text is continued")
-    p.add_argument("-n", type=int, default=1, help="samples a prompt (default 1)")
-    p.add_argument("--seed", type=int, default=1, help="the same seed gives the same text (default 1)")
+    p.add_argument("-n", type=int, help="samples a prompt (default 1), or images of all classes (default 16)")
+    p.add_argument("--seed", type=int, default=1, help="the same seed gives the same samples (default 1)")
+    p.add_argument("--out", type=Path, help="where images go (default: the model folder's samples/)")
     p.add_argument("--runtime", choices=("torch", "onnx"), default="torch", help="what runs the network")
     for name, kind, about in (("temperature", float, "0: always the likeliest token"),
                               ("top-k", int, "tokens to choose from"),
                               ("top-p", float, "probability mass to choose from"),
                               ("min-p", float, "least share of the likeliest token's probability"),
                               ("repetition-penalty", float, "above 1: less repetition"),
-                              ("max-tokens", int, "new tokens a sample")):
+                              ("max-tokens", int, "new tokens a sample"),
+                              ("steps", int, "of a diffusion model: more are finer and slower"),
+                              ("guidance", float, "of a diffusion model: above 1, more like the class"),
+                              ("sampler", str, "of a diffusion model: ddpm, ddim, euler, heun, dpmpp_2m, unipc")):
         p.add_argument(f"--{name}", type=kind, help=f"{about} (default: the recipe's)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the [sampling] table")
     p.add_argument("--stop", action="append", help="a text that ends the sample; may be given more than once")
 
     p = verb(export, "write the model for another runtime, compared with the original on the spot",

@@ -1,7 +1,9 @@
-"""What reaches the disk."""
+"""What reaches the disk: whole files, their fingerprints, and the certainty that they are there."""
 
+import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 
 def flush(path: Path) -> None:
@@ -11,3 +13,20 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fingerprint(file: Path) -> dict[str, Any]:
+    """{"bytes": size, "sha256": hexadecimal digest} of a file."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's text so that a reader sees the old text or the new, never a part."""
+    staged = path.with_name(path.name + ".tmp")
+    with staged.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(staged, path)

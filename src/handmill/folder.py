@@ -2,7 +2,7 @@
 
     recipe.toml           everything about the model, defaults filled in
     weights.safetensors   the trained (or averaged) weights, fp32
-    codec/                the tokenizer
+    codec/                the tokenizer, or what pixels are, or a trained autoencoder's whole model folder
     data/                 manifest, report and the held-out splits
     receipt.json          hashes of all of the above, seeds, metrics with intervals, parity of every export
     metrics.jsonl  loss.png  samples/  exports/  card.md  card.html  checkpoints/
@@ -10,13 +10,12 @@
 Only safetensors and JSON (and TOML) are read; nothing in a folder can run code.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from handmill import media
 from handmill import recipe as recipes
+from handmill.disk import fingerprint, write_text
 from handmill.errors import UserError
 from handmill.networks import build
+from handmill.networks.weights import tied_names, weights_of
 from handmill.recipe import Recipe
 
 FORMAT = "handmill-model/1"
+
+__all__ = ["FORMAT", "Model", "fingerprint", "load", "read_receipt", "record", "verify", "weights_of", "write",
+           "write_text"]
 
 
 @dataclass
@@ -49,16 +54,19 @@ class Model:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def generate(self, prompt: str = "", **settings: Any) -> str:
-        """One sample as text; keywords override the recipe's [sampling] table (temperature=0.8, seed=1, ...)."""
+    def generate(self, prompt: str = "", **settings: Any) -> Any:
+        """One sample: a text, or an image (H, W, C) uint8; `prompt` is its beginning, or the name of its class.
+
+        Keywords override the recipe's [sampling] table (temperature=0.8, seed=1, ...).
+        """
         from handmill.verbs.generate import generate
 
         return generate(self, [prompt], **settings)[0]
 
 
-def write(path: Path, recipe: Recipe, weights: Mapping[str, Tensor], parts: Mapping[str, Path],
+def write(path: Path, recipe: Recipe, weights: Mapping[str, Tensor], codec: Any, parts: Mapping[str, Path],
           training: Mapping[str, Any]) -> None:
-    """Write weights, recipe and `parts` (name in the folder -> file or folder to copy), then the receipt, last.
+    """Write weights, recipe, codec and `parts` (name in the folder -> file to copy), then the receipt, last.
 
     `training` goes into the receipt as it is: steps, seed, tokens, seconds, machine. A folder whose receipt is
     missing was not finished and does not load.
@@ -71,20 +79,14 @@ def write(path: Path, recipe: Recipe, weights: Mapping[str, Tensor], parts: Mapp
     save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, staged)
     staged.chmod(0o644)
     os.replace(staged, path / "weights.safetensors")
+    shutil.rmtree(path / "codec", ignore_errors=True)
+    codec.save(path / "codec")
     for name, source in parts.items():
-        target = path / name
-        if source.is_dir():
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(source, target)
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, path / name)
     from handmill import __version__
 
-    files = ["recipe.toml", "weights.safetensors"]
-    for name in parts:
-        inside = sorted(p for p in (path / name).rglob("*") if p.is_file()) or [path / name]
-        files += [p.relative_to(path).as_posix() for p in inside]
+    files = ["recipe.toml", "weights.safetensors", *files_below(path, "codec"), *parts]
     _save_receipt(path, {
         "format": FORMAT,
         "handmill": __version__,
@@ -99,10 +101,8 @@ def load(path: Path | str, device: str | torch.device = "cpu") -> Model:
     path = Path(path)
     receipt = verify(path)
     recipe = recipes.read(path / "recipe.toml")
-    from handmill.media import codec as codecs
-
-    codec = codecs(recipe.codec, path / "codec")
-    network = build(recipe.network, codec.size)
+    codec = codec_in(path, recipe, device)
+    network = build(recipe.network, codec)
     try:
         weights = load_file(path / "weights.safetensors")
     except SafetensorError as error:
@@ -115,12 +115,24 @@ def load(path: Path | str, device: str | torch.device = "cpu") -> Model:
     return Model(path, recipe, network.to(device).eval(), codec, receipt)
 
 
+def codec_in(path: Path, recipe: Recipe, device: str | torch.device) -> Any:
+    """The codec of a model folder; one that is a trained autoencoder is a model folder itself. Raises UserError."""
+    trained = load(path / "codec" / "model", device) if recipe.codec.kind == "model" else None
+    return media.codec(recipe.codec, path / "codec", trained)
+
+
+def files_below(path: Path, name: str) -> list[str]:
+    """The files in `path`/`name`, as names from `path` on."""
+    return [p.relative_to(path).as_posix() for p in sorted((path / name).rglob("*")) if p.is_file()]
+
+
 def verify(path: Path) -> dict[str, Any]:
     """The receipt, after every file in it has been found unchanged. Raises UserError."""
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: name a model folder that `handmill train` wrote")
     receipt = read_receipt(path)
-    for name in ("recipe.toml", "weights.safetensors", "codec/tokenizer.json"):
+    coded = [name for name in receipt["files"] if name.startswith("codec/")] or ["codec"]
+    for name in ("recipe.toml", "weights.safetensors", *coded[:1], *files_below(path, "codec")):
         if name not in receipt["files"]:
             raise UserError(f"{path / 'receipt.json'} does not vouch for {name}: copy the folder again from where "
                             "it was made, or train again")
@@ -158,39 +170,6 @@ def record(path: Path, section: str, value: Any, key: str | None = None) -> None
     else:
         receipt.setdefault(section, {})[key] = value
     _save_receipt(path, receipt)
-
-
-def fingerprint(file: Path) -> dict[str, Any]:
-    """{"bytes": size, "sha256": hexadecimal digest} of a file."""
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's text so that a reader sees the old text or the new, never a part."""
-    staged = path.with_name(path.name + ".tmp")
-    with staged.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(staged, path)
-
-
-def tied_names(network: nn.Module) -> Iterable[str]:
-    """Names in the state dict that share storage with an earlier name, so that saving one of them is enough."""
-    seen: dict[int, str] = {}
-    for name, tensor in network.state_dict(keep_vars=True).items():
-        if seen.setdefault(id(tensor), name) != name:
-            yield name
-
-
-def weights_of(network: nn.Module) -> dict[str, Tensor]:
-    """The state dict without the tied doubles: what `write` and the checkpoints save."""
-    state = network.state_dict()
-    for name in list(tied_names(network)):
-        del state[name]
-    return state
 
 
 def _save_receipt(path: Path, receipt: Mapping[str, Any]) -> None:

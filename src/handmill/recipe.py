@@ -1,7 +1,7 @@
 """The recipe: one TOML file that says everything about a model, parsed into frozen typed dataclasses.
 
-Five tables carry a `kind` (or take the recipe's medium or family) that chooses their dataclass; each dataclass
-lives beside the code it sets up. A new network, codec, medium or family adds one line to `KINDS`.
+Six tables carry a `kind` (or take the recipe's medium or family) that chooses their dataclass; each dataclass
+lives beside the code it sets up. A new network, codec, medium or family adds a line to `KINDS` and to `FITS`.
 """
 
 import dataclasses
@@ -21,15 +21,39 @@ SHIPPED = Path(__file__).parent / "recipes"
 
 # table -> kind -> module holding a dataclass of the given name
 KINDS: dict[str, dict[str, str]] = {
-    "data": {"text": "handmill.media.text:Data"},
+    "data": {"text": "handmill.media.text:Data", "image": "handmill.media.image:Data"},
     "codec": {
         "character": "handmill.media.tokenizers:CharacterSettings",
         "byte": "handmill.media.tokenizers:ByteSettings",
         "bpe": "handmill.media.tokenizers:BPESettings",
+        "pixels": "handmill.media.pixels:Settings",
+        "model": "handmill.media.latents:Settings",
     },
-    "network": {"decoder": "handmill.networks.decoder:Settings"},
-    "sampling": {"autoregressive": "handmill.families.autoregressive:Sampling"},
-    "check": {"text": "handmill.checks.text:Settings"},
+    "network": {
+        "decoder": "handmill.networks.decoder:Settings",
+        "autoencoder": "handmill.networks.autoencoder:Settings",
+        "unet": "handmill.networks.unet:Settings",
+        "dit": "handmill.networks.dit:Settings",
+    },
+    "objective": {
+        "autoregressive": "handmill.families.autoregressive:Objective",
+        "variational": "handmill.families.variational:Objective",
+        "diffusion": "handmill.families.diffusion.noise_levels:Objective",
+    },
+    "sampling": {
+        "autoregressive": "handmill.families.autoregressive:Sampling",
+        "variational": "handmill.families.variational:Sampling",
+        "diffusion": "handmill.families.diffusion.making:Sampling",
+    },
+    "check": {"text": "handmill.checks.text:Settings", "image": "handmill.checks.image:Settings"},
+}
+
+# what goes together: (table, its kind) -> the families or media that it can be part of
+FITS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("codec", "character"): ("text",), ("codec", "byte"): ("text",), ("codec", "bpe"): ("text",),
+    ("codec", "pixels"): ("image",), ("codec", "model"): ("image",),
+    ("network", "decoder"): ("autoregressive",), ("network", "autoencoder"): ("variational",),
+    ("network", "unet"): ("diffusion",), ("network", "dit"): ("diffusion",),
 }
 
 
@@ -38,8 +62,8 @@ class Training:
     """The [training] table: one run of the loop."""
 
     steps: int = 1000  # optimizer steps
-    batch: int = 32  # sequences (or items) per optimizer step, over all processes
-    micro_batch: int = 0  # sequences per forward pass and process; 0: the whole share at once
+    batch: int = 32  # sequences (or images) per optimizer step, over all processes
+    micro_batch: int = 0  # sequences (or images) per forward pass and process; 0: the whole share at once
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: matrices by Muon, the rest by AdamW
     learning_rate: float = 3e-3  # AdamW's peak rate
     matrix_rate: float = 0.02  # Muon's peak rate
@@ -54,7 +78,7 @@ class Training:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: probed in the first steps
     compile: Literal["auto", "yes", "no"] = "auto"  # auto: only where it pays within the run
     evaluate_every: int = 250  # steps
-    evaluate_tokens: int = 100_000  # at most this much of the validation set; 0: all of it
+    evaluate_items: int = 100_000  # tokens (or images) of the validation set, at most; 0: all of it
     save_every: int = 500  # steps
     keep: int = 2  # checkpoints
     weights: Literal["best", "last"] = "best"  # what the model folder gets: of the lowest validation loss, or the last
@@ -64,7 +88,7 @@ class Training:
     def __post_init__(self) -> None:
         positive(self, "steps", "batch", "learning_rate", "matrix_rate", "evaluate_every", "save_every", "keep")
         within(self, 0.0, 1.0, "final_rate", "ema", "momentum")
-        not_negative(self, "micro_batch", "weight_decay", "warmup", "clip", "evaluate_tokens", "sample_every",
+        not_negative(self, "micro_batch", "weight_decay", "warmup", "clip", "evaluate_items", "sample_every",
                      "stop_at")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas = {list(self.betas)} must both lie in [0, 1)")
@@ -75,7 +99,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything about a model. `data`, `codec`, `network`, `sampling` and `check` are the kinds' own dataclasses."""
+    """Everything about a model. Its tables but `training` are the dataclasses of their kinds."""
 
     name: str
     medium: str
@@ -84,6 +108,7 @@ class Recipe:
     data: Any
     codec: Any
     network: Any
+    objective: Any
     training: Training
     sampling: Any
     check: Any
@@ -159,12 +184,13 @@ def parse(table: Mapping[str, Any]) -> Recipe:
     table = dict(table)
     medium = _choice(table, "medium", KINDS["data"])
     family = _choice(table, "family", KINDS["sampling"])
-    chosen = {"data": medium, "check": medium, "sampling": family}
+    chosen = {"data": medium, "check": medium, "objective": family, "sampling": family}
     for key in ("codec", "network"):
         inner = table.get(key)
         if not isinstance(inner, dict):
             raise UserError(f"the recipe needs a table [{key}]")
         chosen[key] = _choice(inner, "kind", KINDS[key], f"{key}.")
+    _fit(chosen, medium, family)
     classes = {key: _load(KINDS[key][kind]) for key, kind in chosen.items()} | {"training": Training}
     _no_unknown(table, [f.name for f in dataclasses.fields(Recipe)], "")
     values: dict[str, Any] = {k: _convert(table.get(k, d), t, k)
@@ -203,6 +229,15 @@ def _choice(table: Mapping[str, Any], key: str, options: Iterable[str], prefix: 
                         + (f"did you mean {hint[0]!r}?" if hint else f"choose one of {', '.join(options)}"))
     assert isinstance(value, str)
     return value
+
+
+def _fit(chosen: Mapping[str, str], medium: str, family: str) -> None:
+    """Raise UserError where a codec is not of the medium, or a network cannot be taught by the family."""
+    for key, whole, value in (("codec", "medium", medium), ("network", "family", family)):
+        if value not in FITS[key, chosen[key]]:
+            fitting = [kind for (table, kind), of in FITS.items() if table == key and value in of]
+            raise UserError(f"{key}.kind = {chosen[key]!r} does not go with {whole} = {value!r}: "
+                            f"choose one of {', '.join(fitting)}")
 
 
 def _load(where: str) -> type:

@@ -67,3 +67,13 @@ def window_starts(items: NDArray[np.int64], tokens: int, context: int, seed: int
         starts[here] = offset + context * permute(places[here], per_epoch, draw(seed, "order", int(epoch)))
     assert starts.size == 0 or starts.max() + context + 1 <= tokens
     return starts
+
+
+def items_at(places: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
+    """Which of `size` items stand at `places` (N,) of the endless order: every epoch is a permutation of its own."""
+    epochs, positions = np.divmod(places, size)
+    chosen = np.empty(places.size, np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        chosen[here] = permute(positions[here], size, draw(seed, "order", int(epoch)))
+    return chosen

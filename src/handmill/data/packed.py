@@ -83,6 +83,12 @@ class Packed:
         inside = self.folder / "codec"
         return load(None, inside if inside.is_dir() else self.folder.parent / "codec")
 
+    def held_out_files(self) -> list[str]:
+        """What a model folder keeps, so that it can be checked anywhere: all but the tokenizer and the training split."""
+        names = ["manifest.json", "report.json", "data.json"]
+        names += [f"{split}.{part}" for split in NAMES if split != "train" for part in ("tokens", "starts.npy")]
+        return [name for name in names if (self.folder / name).exists()]
+
     def complete(self) -> bool:
         """Whether every file is there in its size."""
         try:

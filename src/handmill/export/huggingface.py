@@ -68,7 +68,7 @@ def compare_folder(model: Model, folder: Path, windows: Tensor) -> dict[str, Any
         transformers = importlib.import_module("transformers")
     except ImportError:
         read = from_huggingface(load_file(folder / "model.safetensors"), model.recipe.network)
-        network = build(model.recipe.network, model.codec.size).eval()
+        network = build(model.recipe.network, model.codec).eval()
         network.load_state_dict(read, strict=False)  # a tied head is not in the file
         return compare(model.network, network, windows) | {"compared_with": "own reading of the written file"}
     transformers.utils.logging.disable_progress_bar()

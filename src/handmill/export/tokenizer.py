@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from handmill.folder import write_text
+from handmill.disk import write_text
 from handmill.media.tokenizers import PATTERN, Tokenizer
 
 END = "<|end|>"

@@ -13,9 +13,15 @@ from torch import Tensor, nn
 
 from handmill.errors import UserError
 from handmill.families.sampling import draw, filtered
-from handmill.recipe import positive, within
+from handmill.recipe import Recipe, positive, within
 
 SEEDS = 2**63  # seeds are below this and not negative
+WITNESSES = 32  # tokens that the receipt keeps of a greedy sample
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The [objective] table: the likelihood of each token given those before it, which leaves nothing to set."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,19 @@ def greedy(network: Any, prompt: Sequence[int], count: int, cached: bool = True)
         tokens.append(int(logits.argmax()))
         window = _slide(window, tokens[-1], context)
     return tokens
+
+
+def witness(network: Any, codec: Any, prepared: Any, recipe: Recipe) -> dict[str, Any]:
+    """The likeliest continuation of the first held-out tokens, for the receipt: what a served copy must repeat."""
+    prompt = [int(token) for token in prepared.tokens("validation")[:16]]
+    return {"prompt_tokens": prompt, "tokens": greedy(network, prompt, WITNESSES)}
+
+
+def faithful(network: Any, recipe: Recipe, kept: dict[str, Any]) -> bool:
+    """Whether a network continues as the receipt says, where it does."""
+    if "tokens" not in kept:
+        return True
+    return greedy(network, kept["prompt_tokens"], len(kept["tokens"])) == kept["tokens"]
 
 
 @dataclass

@@ -3,6 +3,7 @@
 N sequences, T context. Losses are in nats.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,22 +25,22 @@ def loss(network: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
     return total, torch.tensor(targets.numel())
 
 
-def evaluate(network: nn.Module, windows: Tensor) -> tuple[float, float]:
-    """This process's share of the loss over `windows` (N, T + 1): (sum in nats, tokens)."""
+def evaluate(network: nn.Module, windows: Tensor) -> dict[str, float]:
+    """This process's share of `windows` (N, T + 1): the "loss" summed, in nats, over how many "items" (tokens)."""
     mine = windows[distributed.rank()::distributed.world()]
     device = next(network.parameters()).device
     nats, tokens = 0.0, 0
     for batch in mine.split(max(1, EVALUATED_AT_ONCE // windows.shape[1])):
         total, count = loss(network, batch.to(device))
         nats, tokens = nats + total.item(), tokens + int(count)
-    return nats, float(tokens)
+    return {"loss": nats, "items": float(tokens)}
 
 
-def task(network: nn.Module, codec: Any, packed: Any, recipe: Recipe) -> Task:
+def task(network: nn.Module, codec: Any, packed: Any, recipe: Recipe, out: Path) -> Task:
     """What the loop needs to train `network` on the packed tokens of `packed`."""
     training, context = recipe.training, recipe.network.context
     windows = Windows(packed.tokens("train"), context, recipe.seed)
-    held_out = in_turn(packed.tokens("validation"), context, training.evaluate_tokens)
+    held_out = in_turn(packed.tokens("validation"), context, training.evaluate_items)
     phase = Phase("network", network, loss, lambda batch: batch[:, 1:].numel(), optimizers(network, training))
 
     def sample(module: nn.Module) -> str:

@@ -1,11 +1,34 @@
-"""One file a medium. `codec` loads what a medium is coded with."""
+"""One file a medium. What the verbs ask of every medium goes through here."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
+from handmill.recipe import Recipe
 
-def codec(settings: Any, folder: Path) -> Any:
-    """The trained codec of a recipe's [codec] table, from its folder."""
+
+def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Any:
+    """The recipe's data, prepared in `cache`/<fingerprint>. Raises UserError for what the user can mend."""
+    return importlib.import_module(f"handmill.media.{recipe.medium}").prepare(recipe, cache, progress)
+
+
+def report_lines(recipe: Recipe, prepared: Any) -> list[str]:
+    """What the preparation found, for the screen."""
+    module = {"text": "handmill.data.report", "image": "handmill.data.image_report"}[recipe.medium]
+    lines: list[str] = importlib.import_module(module).report_lines(prepared.report)
+    return lines
+
+
+def codec(settings: Any, folder: Path, trained: Any = None) -> Any:
+    """The codec of a recipe's [codec] table, from its folder; `trained` is the model in it where there is one."""
+    if settings.kind == "pixels":
+        from handmill.media.pixels import Pixels
+
+        return Pixels.load(folder)
+    if settings.kind == "model":
+        from handmill.media.latents import Latents
+
+        return Latents.load(folder, trained)
     from handmill.media import tokenizers
 
     return tokenizers.load(settings, folder)

@@ -17,9 +17,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from handmill.disk import flush
+from handmill.disk import fingerprint, flush
 from handmill.errors import UserError
-from handmill.folder import fingerprint
 
 Tensors = dict[str, Tensor]
 

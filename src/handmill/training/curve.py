@@ -16,11 +16,11 @@ _WINDOWS = 50  # the smoothed line averages about this share of the run: 1/50
 Series = NDArray[np.float64]
 
 
-def draw(metrics: Path, png: Path) -> None:
+def draw(metrics: Path, png: Path, measure: str = "nats per token") -> None:
     """Draw training loss (raw pale, smoothed dark), validation loss and learning rate over the steps.
 
     `metrics` holds one JSON object a line: step, loss, rate (a share of its peak), validation_loss; losses in
-    nats per token. A line cut short by a crash is passed over; without any line the picture says so.
+    `measure`. A line cut short by a crash is passed over; without any line the picture says so.
     """
     rows = read(metrics)
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
@@ -29,7 +29,7 @@ def draw(metrics: Path, png: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e7e9ec", linewidth=0.8)
         axes.set_axisbelow(True)
-    _losses(top, rows)
+    _losses(top, rows, measure)
     _rates(bottom, rows)
     figure.align_ylabels()
     figure.savefig(png)
@@ -67,10 +67,10 @@ def smoothed(values: Series) -> Series:
     return mean
 
 
-def _losses(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def _losses(axes: Axes, rows: list[dict[str, Any]], measure: str) -> None:
     steps, losses = column(rows, "loss")
     at, validation = column(rows, "validation_loss")
-    axes.set_ylabel("loss, nats per token")
+    axes.set_ylabel(f"loss, {measure}")
     if not len(steps):
         axes.set_title("no loss recorded yet", loc="left", fontsize=11)
         return
@@ -82,7 +82,7 @@ def _losses(axes: Axes, rows: list[dict[str, Any]]) -> None:
                   label=f"validation {validation[-1]:.3f}, lowest {validation.min():.3f}")
     _limit(axes, losses, validation)
     final = f"validation {validation[-1]:.3f}" if len(at) else f"training {line[-1]:.3f}"
-    axes.set_title(f"{final} nats per token after {steps[-1]:,.0f} steps", loc="left", fontsize=11)
+    axes.set_title(f"{final} {measure} after {steps[-1]:,.0f} steps", loc="left", fontsize=11)
     axes.legend(frameon=False, loc="upper right")
 
 

@@ -21,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from handmill.data.order import draw
 from handmill.errors import UserError
-from handmill.folder import weights_of
+from handmill.networks.weights import weights_of
 from handmill.recipe import Training
 from handmill.training import checkpoint, distributed
-from handmill.training.monitor import Monitor, duration
+from handmill.training.batches import Batch, moved
+from handmill.training.monitor import Monitor, count, duration
 from handmill.training.optimizers import Optimizer, rate
 from handmill.training.precision import HalfPrecision
 
@@ -39,10 +40,14 @@ class Phase:
 
     name: str
     network: nn.Module
-    loss: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
-    count: Callable[[Tensor], int]  # items that a batch's loss is summed over
+    loss: Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+    count: Callable[[Any], int]  # items that a batch's loss is summed over
     optimizers: list[Optimizer]
     every: int = 1  # steps
+
+    def clipped(self) -> list[Tensor]:
+        """The parameters whose gradients are slopes, not the sums of a statistic, and count in the gradient's norm."""
+        return [p for o in self.optimizers if o.clipped for p in o.parameters() if p.grad is not None]
 
 
 @dataclass
@@ -50,13 +55,17 @@ class Task:
     """What a family and a medium give the loop."""
 
     phases: list[Phase]
-    batch: Callable[[NDArray[np.int64]], Tensor]  # places in the endless order -> the items there, on the CPU
-    evaluate: Callable[[nn.Module], tuple[float, float]]  # this process's share: sum of the loss, items
+    batch: Callable[[NDArray[np.int64]], Batch]  # places in the endless order -> the items there, on the CPU
+    evaluate: Callable[[nn.Module], dict[str, float]]  # this process's sums: "items", their "loss", and parts of it
     sample: Callable[[nn.Module], str]
     items: int  # in the loss, per element of a batch (the tokens of a sequence)
     flops: float  # of training on one item, forward and backward
     held_out: int = 0  # items that an evaluation scores
     at_once: int = 0  # elements of a batch in one pass of an evaluation
+    positions: int = 1  # at which the network's widest layers work on one item (the pixels of an image)
+    unit: str = "tokens"  # of the items
+    measure: str = "nats per token"  # of the loss
+    picture: Path | None = None  # the file that `sample` draws into
 
 
 @dataclass
@@ -158,12 +167,11 @@ class Run:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):
             with no_sync(module, i + 1 < cuts):
-                part, _ = phase.loss(module, batch.to(self.device, non_blocking=True))
+                part, _ = phase.loss(module, moved(batch, self.device))
                 (part * (world / items)).backward()
             loss_sum += part.detach()
         loss = distributed.total(loss_sum).item() / items
-        parameters = [p for p in phase.network.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self.training.clip or float("inf"), foreach=True).item()
+        norm = nn.utils.clip_grad_norm_(phase.clipped(), self.training.clip or float("inf"), foreach=True).item()
         finite = bool(np.isfinite(loss) and np.isfinite(norm))
         if finite:
             scale = rate(self.progress.step, self.training)
@@ -190,15 +198,18 @@ class Run:
         with torch.no_grad(), self.averaged(), evaluating(phase.network):
             half = self.choices.precision == "bf16"
             sums = self.task.evaluate(HalfPrecision(phase.network) if half else phase.network)
-            total, items = distributed.total(torch.tensor(sums, dtype=torch.float64, device=self.device)).tolist()
-            self.progress.validation = total / items
+            values = distributed.total(torch.tensor([*sums.values()], dtype=torch.float64, device=self.device))
+            means = dict(zip(sums, (values / values[[*sums].index("items")]).tolist(), strict=True))
+            del means["items"]
+            self.progress.validation = means.pop("loss")
             if self.progress.validation < self.progress.best and self.training.weights == "best":
                 self.progress.best, self.progress.best_step = self.progress.validation, self.progress.step
                 self.best = {p.name: copied(weights_of(p.network)) for p in self.task.phases}
         self.progress.stopped = self.progress.validation <= self.training.stop_at
         self.progress.seconds["evaluate"] += time.perf_counter() - start
         self.monitor.record(step=self.progress.step, seconds=round(self.elapsed(), 3),
-                            validation_loss=self.progress.validation)
+                            validation_loss=self.progress.validation,
+                            **{f"validation_{name}": mean for name, mean in means.items()})
         self.live(now=True)
 
     def averaged(self) -> Any:
@@ -291,7 +302,7 @@ class Run:
         self.recent = [r for r in self.recent[-200:] if now - r[0] < 10] + [(now, self.progress.step)]
         self.monitor.record(step=self.progress.step, seconds=round(self.elapsed(), 3), loss=self.progress.loss,
                             rate=rate(self.progress.step - 1, self.training), gradient_norm=norm,
-                            tokens_per_second=round(self.speed(), 1) or None)
+                            items_per_second=round(self.speed(), 1) or None)
         self.live()
 
     def speed(self) -> float:
@@ -307,11 +318,12 @@ class Run:
         parts = [f"step {p.step}/{self.training.steps}", f"loss {p.loss:.3f}"]
         if np.isfinite(p.validation):
             parts.append(f"validation {p.validation:.3f}")
-        parts.append(f"{speed / 1000:.1f}k tokens/s")
+        parts.append(f"{count(speed)} {self.task.unit}/s")
         if self.peak:
             parts.append(f"{100 * speed * self.task.flops / self.peak / distributed.world():.0f} % of the matrix peak")
         left = (self.training.steps - p.step) * self.training.batch * self.task.items / speed
-        self.monitor.live("  ".join([*parts, f"{duration(left)} left"]), now)
+        picture = [str(self.task.picture)] if self.task.picture and self.task.picture.exists() else []
+        self.monitor.live("  ".join([*parts, f"{duration(left)} left", *picture]), now)
 
     def show_sample(self) -> None:
         """A sample on the screen every `sample_every` seconds, less often where that costs 5 % of the time."""

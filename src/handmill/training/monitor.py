@@ -85,6 +85,11 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
 
 
+def count(number: float) -> str:
+    """87.2, 990, 42.1k."""
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}" if number >= 100 else f"{number:.1f}"
+
+
 def size(count: float) -> str:
     """512 B, 1.4 MB, 3.2 GB (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -37,6 +37,8 @@ class Optimizer:
     torch.optim.Optimizer itself imports the whole compiler when the first one is made: 0.9 s of every start.
     """
 
+    clipped = True  # whether its gradients count in the norm, and shrink where that is above training.clip
+
     def __init__(self, groups: list[dict[str, Any]], **defaults: Any) -> None:
         self.param_groups: list[dict[str, Any]] = [defaults | group for group in groups]
         self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)

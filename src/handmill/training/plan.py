@@ -26,7 +26,7 @@ from torch import nn
 
 from handmill.errors import UserError
 from handmill.recipe import Recipe, Training
-from handmill.training import checkpoint, distributed, memory
+from handmill.training import batches, checkpoint, distributed, memory
 from handmill.training.loop import SAMPLE_SHARE, Choices, Progress, Task, evaluating
 from handmill.training.monitor import duration, size
 from handmill.training.precision import COMPILE_GAIN, compiler_found, worth_compiling
@@ -105,7 +105,7 @@ class Job:
     @property
     def held_out(self) -> int:
         """Items in an evaluation."""
-        return self.task.held_out or self.training.evaluate_tokens or 100_000
+        return self.task.held_out or self.training.evaluate_items or 100_000
 
     @property
     def at_once(self) -> int:
@@ -154,7 +154,7 @@ class Need:
         self.steps: dict[tuple[int, int], int] = {}
         self.weights = sum(memory.size_of(p.network.parameters()) for p in rehearsal.task.phases)
         self.best = self.weights if rehearsal.training.weights == "best" else 0  # the copy of the best weights so far
-        self.element = rehearsal.fetch(1).nbytes
+        self.element = batches.size_of(rehearsal.fetch(1))
 
     def step(self, elements: int, cuts: int) -> int:
         """In a step of `cuts` micro-batches of `elements`."""
@@ -316,7 +316,7 @@ def is_small(job: Job) -> bool:
     parameters = [p for phase in job.task.phases for p in phase.network.parameters()]
     ends = sum(p.shape[0] + p.shape[1] for p in parameters if p.ndim > 1)  # inputs and outputs of the matrices
     elements = max(job.micro_batch, job.at_once)
-    held = 4 * (ACTIVATIONS * ends * elements * job.task.items + 6 * sum(p.numel() for p in parameters))
+    held = 4 * (ACTIVATIONS * ends * elements * job.task.items * job.task.positions + 6 * sum(p.numel() for p in parameters))
     whole = job.micro_batch == job.share and job.task.flops * job.task.items * job.share < SMALL_STEP
     return job.device.type == "cpu" and whole and held < SMALL * job.room
 

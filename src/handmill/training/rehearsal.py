@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from handmill.folder import weights_of
+from handmill.networks.weights import weights_of
 from handmill.recipe import Training
 from handmill.training import memory
+from handmill.training.batches import Batch, like, moved
 from handmill.training.loop import Choices, Task, evaluating
 from handmill.training.optimizers import Optimizer
 from handmill.training.precision import HalfPrecision, synchronise
@@ -30,7 +31,7 @@ class Rehearsal:
     task: Task
     training: Training
     device: torch.device
-    fetch: Callable[[int], Tensor]  # a batch of so many elements
+    fetch: Callable[[int], Batch]  # a batch of so many elements
     real: bool = True
     averages: list[list[Tensor]] = field(default_factory=list)  # of each phase, where training.ema
     modules: dict[tuple[str, bool], list[nn.Module]] = field(default_factory=dict)
@@ -49,7 +50,7 @@ class Rehearsal:
             batches = [self.fetch(elements) for _ in range(cuts)]
             items = sum(phase.count(b) for b in batches)
             for batch in batches:
-                part, _ = phase.loss(module, batch.to(self.device, non_blocking=True))
+                part, _ = phase.loss(module, moved(batch, self.device))
                 (part * (1 / items)).backward()
             synchronise(self.device)
             seconds += (time.perf_counter() - start) / phase.every
@@ -61,7 +62,7 @@ class Rehearsal:
         seconds = 0.0
         for i, phase in enumerate(self.task.phases):
             start = time.perf_counter()
-            parameters = [p for p in phase.network.parameters() if p.grad is not None]
+            parameters = phase.clipped()
             norm = nn.utils.clip_grad_norm_(parameters, self.training.clip or float("inf"), foreach=True)
             if not self.real or bool(norm.isfinite()):  # infinity times a rate of zero would reach the weights
                 for optimizer in phase.optimizers:
@@ -85,7 +86,7 @@ class Rehearsal:
         start = time.perf_counter()
         with torch.no_grad(), evaluating(phase.network):
             module = HalfPrecision(phase.network) if choices.precision == "bf16" else phase.network
-            phase.loss(module, self.fetch(elements).to(self.device))
+            phase.loss(module, moved(self.fetch(elements), self.device))
         synchronise(self.device)
         return time.perf_counter() - start
 
@@ -122,8 +123,8 @@ class Rehearsal:
 
         example = self.fetch(1)
 
-        def fetch(elements: int) -> Tensor:
-            return torch.zeros((elements, *example.shape[1:]), dtype=example.dtype, device=self.device)
+        def fetch(elements: int) -> Batch:
+            return like(example, elements, self.device)
 
         optimizers = [o for p in self.task.phases for o in p.optimizers]
         with FakeTensorMode(allow_non_fake_inputs=True), _without_state(optimizers):

@@ -3,8 +3,7 @@
 import time
 from pathlib import Path
 
-from handmill import folder
-from handmill.checks import text as checks
+from handmill import checks, folder
 from handmill.errors import UserError
 from handmill.verbs.card import card
 from handmill.verbs.check import check

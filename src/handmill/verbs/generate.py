@@ -1,10 +1,15 @@
-"""`handmill generate`: text from a model folder."""
+"""`handmill generate`: texts or images from a model folder."""
 
 import secrets
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from handmill import folder
+import numpy as np
+import tomli_w
+from numpy.typing import NDArray
+
+from handmill import __version__, folder
 from handmill import recipe as recipes
 from handmill.errors import UserError
 from handmill.families import autoregressive
@@ -15,13 +20,15 @@ AT_ONCE = 64  # samples; more are made in turns, with the same texts
 
 
 def generate(model: Model, prompts: Sequence[str], runtime: str = "torch", seed: int | None = None,
-             **overrides: Any) -> list[str]:
-    """One text for each prompt, without the prompt; "" starts a new document.
+             **overrides: Any) -> list[Any]:
+    """A text for each prompt, without the prompt ("": a new document); or an image (H, W, C) uint8 of each class.
 
-    `overrides` replace values of the recipe's [sampling] table: temperature, top_k, top_p, min_p,
-    repetition_penalty, max_tokens, stop. The same seed gives the same texts, on either `runtime` ("torch", or
-    "onnx" once exported); without a seed every call differs. Raises UserError.
+    `overrides` replace values of the recipe's [sampling] table, such as temperature and max_tokens, or steps and
+    guidance. The same seed gives the same samples, on either `runtime` ("torch", or "onnx" once exported); without a
+    seed every call differs. Raises UserError.
     """
+    if model.recipe.medium == "image":
+        return list(images(model, prompts, runtime, seed, **overrides))
     texts = [""] * len(prompts)
     for piece in pieces(model, prompts, runtime, seed, **overrides):
         texts[piece.row] += piece.text
@@ -37,22 +44,70 @@ def stream(model: Model, prompt: str = "", runtime: str = "torch", seed: int | N
 def pieces(model: Model, prompts: Sequence[str], runtime: str = "torch", seed: int | None = None,
            **overrides: Any) -> Iterator[Piece]:
     """The pieces of every sample as they are made. Raises UserError before the first."""
-    settings = sampling(model, **overrides)
-    seed = secrets.randbelow(2**32) if seed is None else seed
-    if not isinstance(seed, int) or not 0 <= seed < SEEDS:
-        raise UserError(f"seed = {seed!r} must be a whole number from 0 to {SEEDS - 1}")
+    if model.recipe.medium != "text":
+        raise UserError(f"{model.path} makes {model.recipe.medium}s, not text: use `handmill generate`")
+    settings, seed = sampling(model, **overrides), checked(seed)
     network = network_of(model, runtime)
     for prompt in prompts:
         autoregressive.encode(model.codec, prompt)  # refuses what it cannot read before anything is made
     return _in_turns(model, network, list(prompts), settings, seed)
 
 
-def sampling(model: Model, **overrides: Any) -> Sampling:
+def images(model: Model, prompts: Sequence[str], runtime: str = "torch", seed: int | None = None, first: int = 0,
+           **overrides: Any) -> NDArray[np.uint8]:
+    """Images (N, H, W, C) uint8, one for each class that a prompt names ("": any). Raises UserError as `generate`.
+
+    Sample i depends on (seed, first + i) alone.
+    """
+    from handmill.families import tensors
+
+    settings, labels = sampling(model, **overrides), [tensors.label_of(model.codec, prompt) for prompt in prompts]
+    return tensors.make(network_of(model, runtime), model.codec, model.recipe, labels, settings, checked(seed), first)
+
+
+def save_images(model: Model, prompts: Sequence[str], out: Path, seed: int, runtime: str = "torch",
+                **overrides: Any) -> list[Path]:
+    """Write `images` as PNG files that know how they were made, and all of them as grid.png, last in the list."""
+    from handmill.media import pictures
+
+    made = images(model, prompts, runtime, seed, **overrides)
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i, (image, prompt) in enumerate(zip(made, prompts, strict=True)):
+        paths.append(out / f"{seed}-{i:03d}{'-' + plain(prompt) if prompt else ''}.png")
+        pictures.save_png(paths[-1], image, about(model, prompt, seed, i, overrides))
+    pictures.save_png(out / "grid.png", pictures.grid(made), about(model, "", seed, 0, overrides))
+    return [*paths, out / "grid.png"]
+
+
+def about(model: Model, prompt: str, seed: int, index: int, overrides: dict[str, Any]) -> dict[str, str]:
+    """What a sample's file says of itself: enough to make it again."""
+    recipe = model.recipe.table() | {"sampling": model.recipe.table()["sampling"] | overrides}
+    recipe["data"] = {k: v for k, v in recipe["data"].items() if "paths" not in k}  # names of the user's own files
+    recipe["codec"] = {"kind": recipe["codec"]["kind"]}
+    return {"Software": f"handmill {__version__}", "model": model.recipe.name, "class": prompt, "seed": str(seed),
+            "index": str(index), "weights": model.receipt["files"]["weights.safetensors"]["sha256"],
+            "recipe": tomli_w.dumps(recipe), "Source": "made by a generative model"}
+
+
+def plain(name: str) -> str:
+    """A class's name as part of a file's."""
+    return "".join(c if c.isalnum() else "_" for c in name)[:40]
+
+
+def checked(seed: int | None) -> int:
+    """The seed, or a new one. Raises UserError for what is none."""
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    if not isinstance(seed, int) or not 0 <= seed < SEEDS:
+        raise UserError(f"seed = {seed!r} must be a whole number from 0 to {SEEDS - 1}")
+    return seed
+
+
+def sampling(model: Model, **overrides: Any) -> Any:
     """The recipe's [sampling] table with some values replaced. Raises UserError naming a wrong one."""
     if isinstance(overrides.get("stop"), str):
         overrides["stop"] = [overrides["stop"]]
-    settings: Sampling = recipes.build(Sampling, model.recipe.table()["sampling"] | overrides, "sampling")
-    return settings
+    return recipes.build(type(model.recipe.sampling), model.recipe.table()["sampling"] | overrides, "sampling")
 
 
 def network_of(model: Model, runtime: str) -> Any:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from handmill import folder
+from handmill import families, folder
 from handmill.errors import UserError, optional
-from handmill.families.autoregressive import greedy
 from handmill.folder import Model
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -53,13 +52,12 @@ def load(paths: Sequence[Path | str]) -> dict[str, Model]:
 
 
 def verify(model: Model) -> None:
-    """Compare the loaded network with the greedy tokens that training left in the receipt, where it did.
+    """Compare the loaded network with the answer that training left in the receipt, where it did.
 
     Raises UserError when they differ.
     """
-    stored = model.receipt["training"].get("greedy")
-    if stored and greedy(model.network, stored["prompt_tokens"], len(stored["tokens"])) != stored["tokens"]:
-        raise UserError(f"{model.path} does not make the tokens that its receipt holds from training, so it "
+    if not families.faithful(model.network, model.recipe, model.receipt["training"].get("witness", {})):
+        raise UserError(f"{model.path} does not answer as its receipt says the trained network did, so it "
                         "is not served: copy the folder again from where it was made, or train again")
 
 

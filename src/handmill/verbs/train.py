@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from handmill import families, media
 from handmill import folder as folders
 from handmill import recipe as recipes
-from handmill.data.report import report_lines
 from handmill.errors import UserError
-from handmill.families.autoregressive import greedy
-from handmill.media import text
 from handmill.recipe import Recipe
 from handmill.training import checkpoint, distributed, plan
 from handmill.training.curve import draw as draw_curve
@@ -23,8 +21,6 @@ from handmill.training.loop import Choices, Progress, Run, Task
 from handmill.training.monitor import Monitor, duration, size
 from handmill.training.precision import free_threads, machine, matrix_peak
 from handmill.verbs.setup import assemble, begin
-
-GREEDY_TOKENS = 32  # what the receipt keeps of a greedy sample, for the server to compare with
 
 
 def train(recipe: Recipe | Path | str, out: Path | str | None = None, overrides: Iterable[str] = (),
@@ -44,10 +40,10 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
     with distributed.first() as mine:
         if mine:
             claim(out, recipe)
-            packed = text.prepare(recipe, out.parent / ".prepared", progress=not quiet)
+            prepared = media.prepare(recipe, out.parent / ".prepared", progress=not quiet)
     if distributed.rank() > 0:
-        packed = text.prepare(recipe, out.parent / ".prepared", progress=False)
-    network, task = assemble(recipe, packed, device)
+        prepared = media.prepare(recipe, out.parent / ".prepared", progress=False)
+    network, codec, task = assemble(recipe, prepared, device, out)
     saved = checkpoint.newest_facts(out / "checkpoints")
     choices = Choices(**saved["choices"]) if saved else None
     torch.set_num_threads(choices.threads if choices else free_threads())
@@ -57,7 +53,7 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
     peak = matrix_peak(device, torch.bfloat16 if planned.choices.precision == "bf16" else torch.float32)
     monitor = Monitor(out, quiet, saved["progress"]["step"] if saved else 0)
     try:
-        for line in [*report_lines(packed.report), *plan.lines(planned)]:
+        for line in [*media.report_lines(recipe, prepared), *plan.lines(planned)]:
             monitor.say(line)
         if planned.choices.threads < (os.cpu_count() or 1):
             monitor.say(f"threads       {planned.choices.threads} of {os.cpu_count()}: other programs are busy, or "
@@ -75,8 +71,10 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
         raise SystemExit(0)
     with distributed.first() as mine:
         if mine:
-            facts = summary(recipe, network, task, progress, planned, setup, packed)
-            finish(out, recipe, network, run, packed, facts, quiet)
+            facts = summary(recipe, network, task, progress, planned, setup, prepared)
+            finish(out, recipe, network, run, codec, prepared, facts)
+            if not quiet:
+                print("\n".join(closing(out, task, facts)))
     return out
 
 
@@ -106,57 +104,46 @@ def claim(out: Path, recipe: Recipe) -> None:
 
 
 def summary(recipe: Recipe, network: nn.Module, task: Task, progress: Progress, planned: plan.Plan, setup: float,
-            packed: Any) -> dict[str, Any]:
+            prepared: Any) -> dict[str, Any]:
     """What the receipt says about the run, predicted against actual included."""
     return {
         "steps": progress.step, "seed": recipe.seed, "stopped_early": progress.stopped,
-        "tokens": progress.step * recipe.training.batch * task.items,
+        "items": progress.step * recipe.training.batch * task.items, "unit": task.unit, "measure": task.measure,
         "parameters": sum(p.numel() for p in network.parameters()),
         "loss": progress.loss, "validation_loss": min(progress.best, progress.validation),
         "best_step": progress.best_step,
         "seconds": {"setup": setup, **progress.seconds},
         "precision": planned.choices.precision, "compile": planned.choices.compiled,
         "processes": distributed.world(), "threads": planned.choices.threads,
-        "machine": machine(), "fingerprint": packed.fingerprint,
+        "machine": machine(), "fingerprint": prepared.fingerprint,
         "plan": {"predicted": planned.predicted(), "actual": plan.actual(progress, setup)},
     }
 
 
-def finish(out: Path, recipe: Recipe, network: nn.Module, run: Run, packed: Any, facts: dict[str, Any],
-           quiet: bool) -> None:
-    """Write the model folder from the best (or averaged, or last) weights, the curve, and the last lines on screen."""
+def finish(out: Path, recipe: Recipe, network: nn.Module, run: Run, codec: Any, prepared: Any,
+           facts: dict[str, Any]) -> None:
+    """Write the model folder from the best (or averaged, or last) weights, and draw the curve."""
     with run.chosen():
         network.eval()
-        facts["greedy"] = greedy_sample(network, packed)
+        facts["witness"] = families.witness(network, codec, prepared, recipe)
         weights = {k: v.clone() for k, v in folders.weights_of(network).items()}
-    held_out = ["manifest.json", "report.json", "data.json"]
-    for split in ("validation", "test"):
-        held_out += [f"{split}.tokens", f"{split}.starts.npy"]
-    parts = {"codec": packed.folder / "codec"}
-    parts |= {f"data/{name}": packed.folder / name for name in held_out if (packed.folder / name).exists()}
+    parts = {f"data/{name}": prepared.folder / name for name in prepared.held_out_files()}
     shutil.rmtree(out / "data", ignore_errors=True)
-    folders.write(out, recipe, weights, parts, facts)
-    draw_curve(out / "metrics.jsonl", out / "loss.png")
-    if not quiet:
-        for line in closing(out, recipe, facts):
-            print(line)
+    folders.write(out, recipe, weights, codec, parts, facts)
+    draw_curve(out / "metrics.jsonl", out / "loss.png", facts["measure"])
 
 
-def greedy_sample(network: nn.Module, packed: Any) -> dict[str, list[int]]:
-    """The likeliest continuation of the first held-out tokens: what a served copy must repeat."""
-    prompt = [int(token) for token in packed.tokens("validation")[:16]]
-    return {"prompt_tokens": prompt, "tokens": greedy(network, prompt, GREEDY_TOKENS)}
-
-
-def closing(out: Path, recipe: Recipe, facts: dict[str, Any]) -> list[str]:
+def closing(out: Path, task: Task, facts: dict[str, Any]) -> list[str]:
     predicted, actual = facts["plan"]["predicted"], facts["plan"]["actual"]
+    picture = [f"samples       {task.picture}"] if task.picture and task.picture.exists() else []
     return [
-        f"trained {facts['steps']} steps, {facts['tokens']:,} tokens, in {duration(actual['seconds'])}"
+        f"trained {facts['steps']} steps, {facts['items']:,} {task.unit}, in {duration(actual['seconds'])}"
         + (" (stopped early)" if facts["stopped_early"] else f" (planned {duration(predicted['seconds'])})"),
         f"memory: {size(actual['memory_bytes'])} at most (planned {size(predicted['memory_bytes'])})",
-        f"loss {facts['loss']:.4f}, validation {facts['validation_loss']:.4f} nats per token"
+        f"loss {facts['loss']:.4f}, validation {facts['validation_loss']:.4f} {task.measure}"
         + (f" (step {facts['best_step']}, whose weights are kept)" if 0 < facts["best_step"] < facts["steps"] else ""),
         f"model folder  {out}",
         f"loss curve    {out / 'loss.png'}",
+        *picture,
         f"next          handmill check {out}",
     ]

@@ -1,0 +1,102 @@
+"""Making what is a tensor: images from a variational, diffusion or adversarial model, each its own function of the seed.
+
+N samples, C channels, H height, W width, *S of the codes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from handmill.data.noise import normal
+from handmill.data.order import draw
+from handmill.errors import UserError
+from handmill.media.pictures import to_uint8
+from handmill.recipe import Recipe
+
+AT_ONCE = 256  # samples
+WITNESSES = 16  # numbers of a network's answer that the receipt keeps
+ALIKE = 1e-3  # of their largest: other machines round otherwise
+
+Images = NDArray[np.uint8]
+
+
+@torch.inference_mode()
+def make(network: Any, codec: Any, recipe: Recipe, labels: Sequence[int], sampling: Any, seed: int,
+         first: int = 0) -> Images:
+    """One image (H, W, C) uint8 for each of `labels` (the number of classes: none asked for), as (N, H, W, C).
+
+    Sample i depends on (seed, first + i) alone, so that a batch may be cut anywhere. Raises UserError for a model
+    that cannot make samples from nothing.
+    """
+    made = [_some(network, codec, recipe, labels[i:i + AT_ONCE], sampling, seed, first + i)
+            for i in range(0, len(labels), AT_ONCE)]
+    return np.concatenate(made)
+
+
+def _some(network: Any, codec: Any, recipe: Recipe, labels: Sequence[int], sampling: Any, seed: int,
+          first: int) -> Images:
+    device = next(network.parameters()).device
+    places = torch.arange(first, first + len(labels), device=device)
+    condition = {"label": torch.tensor(labels, device=device)} if codec.classes else {}
+
+    def noise(step: int, shape: tuple[int, ...] = codec.shape) -> Tensor:
+        return normal(draw(seed, "sample", step), places, shape)
+
+    if recipe.family == "diffusion":
+        from handmill.families.diffusion import making
+
+        sigma = recipe.objective.sigma_data or codec.deviation
+        codes = making.sample(network, recipe.objective, sampling, codec.shape, condition, noise, sigma,
+                              len(codec.classes), device)
+    else:
+        from handmill.families import variational
+
+        codes = variational.sample(network, recipe.objective, sampling, condition, noise(0, network.latent_shape))
+    return to_uint8(codec.decode(codes.float()))
+
+
+def every_class(codec: Any, count: int) -> list[int]:
+    """Labels for `count` samples, the classes in turn; without classes, none asked for."""
+    return [i % len(codec.classes) if codec.classes else 0 for i in range(count)]
+
+
+def label_of(codec: Any, prompt: str) -> int:
+    """The number of the class that a prompt names; "" asks for none. Raises UserError naming the classes."""
+    if not prompt:
+        return len(codec.classes)
+    if prompt in codec.classes:
+        return int(codec.classes.index(prompt))
+    if not codec.classes:
+        raise UserError(f"this model was trained without classes and cannot be asked for {prompt!r}: leave it out")
+    names = ", ".join(codec.classes[:20]) + (", ..." if len(codec.classes) > 20 else "")
+    raise UserError(f"{prompt!r} is no class of this model: choose one of {names}")
+
+
+def witness(network: Any, codec: Any, prepared: Any, recipe: Recipe) -> dict[str, Any]:
+    """Some numbers of the network's answer to a fixed input, for the receipt."""
+    return {"answer": _answer(network, recipe).tolist()}
+
+
+def faithful(network: Any, recipe: Recipe, kept: dict[str, Any]) -> bool:
+    """Whether a network gives the numbers in a receipt, where there are any."""
+    if "answer" not in kept:
+        return True
+    expected = torch.tensor(kept["answer"])
+    return bool((_answer(network, recipe) - expected).abs().max() <= ALIKE * expected.abs().max())
+
+
+@torch.inference_mode()
+def _answer(network: Any, recipe: Recipe) -> Tensor:
+    """WITNESSES numbers, evenly spread over what the network makes of fixed noise."""
+    device = next(network.parameters()).device
+    one = torch.zeros(1, dtype=torch.int64, device=device)
+    if recipe.family == "diffusion":
+        answer = network(normal(0, one, network.shape), one.float(), {})
+    else:
+        answer = network.decode(normal(0, one, network.latent_shape), {})
+    flat: Tensor = answer.flatten().float().cpu()
+    return flat[torch.linspace(0, flat.numel() - 1, WITNESSES).long()]
