@@ -26,7 +26,7 @@ def text(seed: int, sentences: int = 12) -> str:
 
 def recipe_of(*paths: Path | str, codec: Any = None, seed: int = 1, **data: Any) -> Recipe:
     settings = Data(paths=tuple(map(str, paths)), **data)
-    return Recipe("test", "text", "autoregressive", seed, settings, codec or ByteSettings(), None, Training(),
+    return Recipe("test", "text", "autoregressive", seed, settings, codec or ByteSettings(), None, None, Training(),
                   None, None)
 
 

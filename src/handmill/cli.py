@@ -70,9 +70,10 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def _images(args: argparse.Namespace, model: Any, settings: dict[str, Any]) -> None:
+    from handmill.families import tensors
     from handmill.verbs.generate import save_images
 
-    classes = list(model.codec.classes) or [""]
+    classes = tensors.classes(model.recipe, model.codec) or ("",)
     prompts = [p for p in args.prompt for _ in range(args.n or 1)] or [
         classes[i % len(classes)] for i in range(args.n or 16)]
     out = args.out or args.folder / "samples"

@@ -35,7 +35,7 @@ class Items:
     def keep(self) -> None:
         """Encode every image once, where no augmentation changes them and the codes fit into memory."""
         plain = self.codec.shape == self.images.shape[1:]
-        if self.data.augments or plain or len(self) * 4 * int(np.prod(self.codec.shape)) > HELD_IN_MEMORY:
+        if varies(self.data) or plain or len(self) * 4 * int(np.prod(self.codec.shape)) > HELD_IN_MEMORY:
             return
         self.kept = torch.cat([self.encode(np.arange(i, min(i + AT_ONCE, len(self)))) for i in
                                range(0, len(self), AT_ONCE)])
@@ -56,7 +56,10 @@ class Items:
 
     def first(self, count: int) -> Batch:
         """The first `count` images (0: all) as one batch."""
-        numbers = np.arange(min(count or len(self), len(self)))
+        return self.some(np.arange(min(count or len(self), len(self))))
+
+    def some(self, numbers: NDArray[np.int64]) -> Batch:
+        """The images `numbers` (N,) as one batch, as they are; their places are their numbers."""
         x = torch.cat([self.encode(part) for part in np.array_split(numbers, -(-len(numbers) // AT_ONCE))])
         return {"x": x, "label": self.labels[numbers], "place": torch.from_numpy(numbers)}
 
@@ -66,3 +69,8 @@ def enough(prepared: Any, batch: int) -> None:
     if prepared.count("train") < batch:
         raise UserError(f"there are {prepared.count('train')} training images, fewer than training.batch = {batch}: "
                         "add images, or set a smaller training.batch")
+
+
+def varies(data: Any) -> bool:
+    """Whether an image is another one at every visit."""
+    return bool(data.flip or data.shift or data.rotation or data.colour_jitter or data.binarise == "sampled")

@@ -4,15 +4,12 @@ The text goes through a temporary file beside the result; in memory there are a 
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from handmill.data.progress import Bar
 from handmill.data.report import compose
 from handmill.data.sources import Source, find
 from handmill.data.splits import Parts
-from handmill.disk import flush
+from handmill.data.staging import staged
 from handmill.errors import UserError
 from handmill.media import tokenizers
 from handmill.media.tokenizers import Tokenizer
@@ -34,7 +31,7 @@ from handmill.recipe import Recipe
 
 _THRESHOLD = 0.8  # Jaccard similarity of the overlap check where near duplicates are kept
 _EXAMPLES = 20  # duplicates named in the report
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ROOM = "about three times the unpacked size of the corpus"
 
 
 def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Packed:
@@ -44,7 +41,7 @@ def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Packed:
     mark = fingerprint(recipe, sources)
     folder = cache / mark
     if not _whole(folder):
-        with _staged(folder) as work:
+        with staged(folder, _whole, ROOM) as work:
             _make(recipe, sources, mark, work, progress)
     return Packed.open(folder)
 
@@ -61,49 +58,6 @@ def _whole(folder: Path) -> bool:
         return Packed.open(folder).complete()
     except UserError:
         return False
-
-
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A folder beside the final one that is renamed to it when all went well, and removed when not."""
-    work = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder.parent)
-        work.mkdir()
-        yield work
-        for path in [*work.rglob("*"), work]:
-            flush(path)
-        _put(work, folder)
-        flush(folder.parent)
-    except OSError as error:
-        raise _said(error, folder.parent) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _put(work: Path, folder: Path) -> None:
-    if not _whole(folder):  # another process may have been faster
-        shutil.rmtree(folder, ignore_errors=True)
-        work.rename(folder)
-
-
-def _sweep(cache: Path) -> None:
-    """Remove what runs left that were killed."""
-    for left in cache.glob("*.tmp-*"):
-        import psutil
-
-        process = left.name.rpartition("-")[2]
-        if not process.isdecimal() or not psutil.pid_exists(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _said(error: OSError, cache: Path) -> UserError:
-    if error.errno in _FULL:
-        return UserError(f"the disk that holds {cache} is full: free about three times the unpacked size of "
-                         "the corpus there, or train in a folder on another disk")
-    return UserError(f"prepared data cannot be written to {cache} ({error.strerror or error}): "
-                     "make the folder writable or train in another one")
 
 
 def _make(recipe: Recipe, sources: list[Source], mark: str, work: Path, progress: bool) -> None:

@@ -40,7 +40,7 @@ def task(network: Any, codec: Any, prepared: Any, recipe: Recipe, out: Path, par
         return each.float().sum(), torch.tensor(each.shape[0])
 
     def sample(module: nn.Module) -> str:
-        images = tensors.make(module, codec, recipe, tensors.every_class(codec, PREVIEW), recipe.sampling, recipe.seed)
+        images = tensors.make(module, codec, recipe, tensors.every_class(recipe, codec, PREVIEW), recipe.sampling, recipe.seed)
         picture.parent.mkdir(parents=True, exist_ok=True)
         pictures.save_png(picture, pictures.grid(images), {})
         return str(picture)

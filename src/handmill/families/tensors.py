@@ -1,4 +1,4 @@
-"""Making what is a tensor: images from a variational, diffusion or adversarial model, each its own function of the seed.
+"""Making tensors: images from a variational, diffusion or adversarial model, each its own function of the seed.
 
 N samples, C channels, H height, W width, *S of the codes.
 """
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from handmill.data.noise import normal
 from handmill.data.order import draw
@@ -18,6 +19,7 @@ from handmill.media.pictures import to_uint8
 from handmill.recipe import Recipe
 
 AT_ONCE = 256  # samples
+SEEDS = 2**63  # seeds are below this and not negative
 WITNESSES = 16  # numbers of a network's answer that the receipt keeps
 ALIKE = 1e-3  # of their largest: other machines round otherwise
 
@@ -26,15 +28,15 @@ Images = NDArray[np.uint8]
 
 @torch.inference_mode()
 def make(network: Any, codec: Any, recipe: Recipe, labels: Sequence[int], sampling: Any, seed: int,
-         first: int = 0) -> Images:
+         first: int = 0, progress: bool = False) -> Images:
     """One image (H, W, C) uint8 for each of `labels` (the number of classes: none asked for), as (N, H, W, C).
 
     Sample i depends on (seed, first + i) alone, so that a batch may be cut anywhere. Raises UserError for a model
     that cannot make samples from nothing.
     """
-    made = [_some(network, codec, recipe, labels[i:i + AT_ONCE], sampling, seed, first + i)
-            for i in range(0, len(labels), AT_ONCE)]
-    return np.concatenate(made)
+    turns = tqdm(range(0, len(labels), AT_ONCE), desc="samples", unit_scale=AT_ONCE, disable=not progress)
+    return np.concatenate([_some(network, codec, recipe, labels[i:i + AT_ONCE], sampling, seed, first + i)
+                           for i in turns])
 
 
 def _some(network: Any, codec: Any, recipe: Recipe, labels: Sequence[int], sampling: Any, seed: int,
@@ -59,20 +61,28 @@ def _some(network: Any, codec: Any, recipe: Recipe, labels: Sequence[int], sampl
     return to_uint8(codec.decode(codes.float()))
 
 
-def every_class(codec: Any, count: int) -> list[int]:
+def classes(recipe: Recipe, codec: Any) -> tuple[str, ...]:
+    """What the model can be asked for: its data's classes, where its network was told them."""
+    told = recipe.family != "variational" or recipe.network.conditional
+    return tuple(codec.classes) if told else ()
+
+
+def every_class(recipe: Recipe, codec: Any, count: int) -> list[int]:
     """Labels for `count` samples, the classes in turn; without classes, none asked for."""
-    return [i % len(codec.classes) if codec.classes else 0 for i in range(count)]
+    known = len(classes(recipe, codec))
+    return [i % known if known else len(codec.classes) for i in range(count)]
 
 
-def label_of(codec: Any, prompt: str) -> int:
+def label_of(recipe: Recipe, codec: Any, prompt: str) -> int:
     """The number of the class that a prompt names; "" asks for none. Raises UserError naming the classes."""
+    known = classes(recipe, codec)
     if not prompt:
         return len(codec.classes)
-    if prompt in codec.classes:
-        return int(codec.classes.index(prompt))
-    if not codec.classes:
-        raise UserError(f"this model was trained without classes and cannot be asked for {prompt!r}: leave it out")
-    names = ", ".join(codec.classes[:20]) + (", ..." if len(codec.classes) > 20 else "")
+    if prompt in known:
+        return known.index(prompt)
+    if not known:
+        raise UserError(f"this model was not told classes and cannot be asked for {prompt!r}: leave it out")
+    names = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
     raise UserError(f"{prompt!r} is no class of this model: choose one of {names}")
 
 

@@ -61,7 +61,7 @@ def images(model: Model, prompts: Sequence[str], runtime: str = "torch", seed: i
     """
     from handmill.families import tensors
 
-    settings, labels = sampling(model, **overrides), [tensors.label_of(model.codec, prompt) for prompt in prompts]
+    settings, labels = sampling(model, **overrides), [tensors.label_of(model.recipe, model.codec, prompt) for prompt in prompts]
     return tensors.make(network_of(model, runtime), model.codec, model.recipe, labels, settings, checked(seed), first)
 
 

@@ -1,0 +1,56 @@
+"""A folder that is there whole or not at all: filled beside its place, flushed to the disk, then one rename."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from handmill.disk import flush
+from handmill.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def staged(folder: Path, whole: Callable[[Path], bool], room: str) -> Iterator[Path]:
+    """A folder beside the final one that is renamed to it when all went well, and removed when not.
+
+    Where another process was faster and `whole(folder)` holds, its folder stays. Raises UserError where the disk
+    is full (`room` says how much it takes) or cannot be written.
+    """
+    work = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder.parent)
+        work.mkdir()
+        yield work
+        for path in [*work.rglob("*"), work]:
+            flush(path)
+        if not whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            work.rename(folder)
+        flush(folder.parent)
+    except OSError as error:
+        raise _said(error, folder.parent, room) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what runs left that were killed."""
+    import psutil
+
+    for left in cache.glob("*.tmp-*"):
+        process = left.name.rpartition("-")[2]
+        if not process.isdecimal() or not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _said(error: OSError, cache: Path, room: str) -> UserError:
+    if error.errno in _FULL:
+        return UserError(f"the disk that holds {cache} is full: free {room} there, or train in a folder on another "
+                         "disk")
+    return UserError(f"prepared data cannot be written to {cache} ({error.strerror or error}): "
+                     "make the folder writable or train in another one")

@@ -1,0 +1,1 @@
+"""The diffusion family: objective, denoiser, samplers, bound."""
