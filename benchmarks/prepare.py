@@ -112,7 +112,7 @@ def child(folder: str, cache: str, codec: str) -> None:
     settings = {"bpe": tokenizers.BPESettings, "character": tokenizers.CharacterSettings,
                 "byte": tokenizers.ByteSettings}[codec]()
     data = Data(paths=(folder,))
-    recipe = Recipe("benchmark", "text", "autoregressive", 1, data, settings, None, Training(), None, None)
+    recipe = Recipe("benchmark", "text", "autoregressive", 1, data, settings, None, None, Training(), None, None)
     packed = prepare(recipe, Path(cache), progress=sys.stderr.isatty())
     seconds = time.perf_counter() - began
     print(json.dumps({"seconds": seconds, "peak": peak(), "duplicates": packed.report["duplicates"],

@@ -118,7 +118,7 @@ def load(path: Path | str, device: str | torch.device = "cpu") -> Model:
 def codec_in(path: Path, recipe: Recipe, device: str | torch.device) -> Any:
     """The codec of a model folder; one that is a trained autoencoder is a model folder itself. Raises UserError."""
     trained = load(path / "codec" / "model", device) if recipe.codec.kind == "model" else None
-    return media.codec(recipe.codec, path / "codec", trained)
+    return media.codec(recipe, path / "codec", trained)
 
 
 def files_below(path: Path, name: str) -> list[str]:

@@ -238,6 +238,9 @@ def _fit(chosen: Mapping[str, str], medium: str, family: str) -> None:
             fitting = [kind for (table, kind), of in FITS.items() if table == key and value in of]
             raise UserError(f"{key}.kind = {chosen[key]!r} does not go with {whole} = {value!r}: "
                             f"choose one of {', '.join(fitting)}")
+    if family == "autoregressive" and chosen["codec"] == "pixels":
+        raise UserError("codec.kind = 'pixels' does not go with family = 'autoregressive', which predicts tokens: "
+                        "choose model, and a trained VQ-VAE as its path")
 
 
 def _load(where: str) -> type:

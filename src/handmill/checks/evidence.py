@@ -83,12 +83,12 @@ def _diffusion(model: Model, held_out: Batch, seed: int, progress: bool) -> dict
                       _noise(seed, places, tuple(y.shape[1:])), sigma_data)
         for name, each in zip(parts, found, strict=True):
             parts[name].append(each.double().cpu())
-    each = {name: torch.cat(values) for name, values in parts.items()}
-    total = each["prior"] + each["diffusion"] + each["reconstruction"]
+    whole = {name: torch.cat(values) for name, values in parts.items()}
+    total = whole["prior"] + whole["diffusion"] + whole["reconstruction"]
     bits = bits_per_dimension(total, math.prod(model.codec.shape))
     return {"kind": f"variational bound in continuous time, {STRATA} noise levels an image",
             "counted": "log likelihood of 8-bit values, nats per image", "images": len(total),
-            **{name: figure(values.numpy(), seed) for name, values in each.items()},
+            **{name: figure(values.numpy(), seed) for name, values in whole.items()},
             "elbo": figure(total.numpy(), seed), "bits_per_dimension": figure(bits.numpy(), seed)}
 
 

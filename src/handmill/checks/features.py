@@ -2,8 +2,8 @@
 
 With labels it is a classifier. Without, it learns by contrast that two distorted views of one image belong
 together (SimCLR: Chen et al. 2020). Its penultimate layer is normalised (batch normalisation without gain or bias:
-Ioffe and Szegedy 2015), so every feature has mean 0 and variance 1 over the training images and a distance
-between features has a scale.
+Ioffe and Szegedy 2015), so every feature has about mean 0 and variance 1 over the training images and a
+distance between features has a scale.
 
 N images, B batch, H height, W width, C channels, D features, K classes.
 """
@@ -50,7 +50,7 @@ class Settings:
 
     features: int = 64  # D
     side: int = 64  # pixels; larger images are first reduced to it, each pixel the mean of those it stands for
-    images: int = 128_000  # seen in training, repeats counted
+    images: int = 128_000  # seen in training, every repeat and every view counted
     batch: int = 128  # images per step
     learning_rate: float = 3e-3  # AdamW's peak rate
     weight_decay: float = 0.02  # decoupled, on matrices only
@@ -151,7 +151,7 @@ def train(images: Images, labels: Labels | None, classes: int, seed: int, settin
         network = Network((height, width, images.shape[3]), s.features, classes or s.features)
     optimizer = _optimizer(network, s)
     batch = min(s.batch, len(images))
-    steps = max(1, s.images // batch)
+    steps = max(1, s.images // (batch if classes else 2 * batch))
     for step in tqdm(range(steps), desc="feature network", unit=" steps", disable=not progress):
         generator = torch.Generator().manual_seed(draw(seed, "distortion", step))
         chosen = np.sort(_chosen(step, batch, len(images), seed))

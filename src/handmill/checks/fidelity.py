@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from handmill.checks.intervals import LEVEL, Figure, ratio, share, wilson
+from handmill.checks.intervals import FEWEST, LEVEL, Figure, ratio, share, wilson
 
 Features = NDArray[Any]  # (N, D) float
 NEIGHBOURS = 5  # k of the manifolds, as Naeem et al. 2020
@@ -208,18 +208,27 @@ def _extrapolated(a: Moments, b: Moments) -> float:
 
 def _jackknife(a: Features, b: Features, seed: int, function: Callable[[Moments, Moments], float],
                what: str) -> Figure:
-    """The function of all groups, and a normal interval from its values with one group of each left out."""
+    """The function of all groups, and Student's interval from its values with one group of each left out."""
     assert a.ndim == b.ndim == 2, (a.shape, b.shape)
     assert a.shape[1] == b.shape[1], (a.shape, b.shape)
-    groups, n = min(GROUPS, len(a) // 2, len(b) // 2), min(len(a), len(b))
-    assert groups > 1, "too few samples"
+    n = min(len(a), len(b))
+    assert n > 1, "no covariance"
+    groups = min(GROUPS, n // 2)
     centre = np.asarray(a, np.float64).mean(0)  # near zero, sums of squares keep their digits
     first, second = _moments(a - centre, groups, seed), _moments(b - centre, groups, seed + 1)
     value = function(first, second)
+    if groups < FEWEST:
+        return Figure(value, None, None, n, f"no interval: only {n} samples")
     rest = [np.delete(np.arange(groups), g) for g in range(groups)]
     variance = (groups - 1) * float(np.var([function(first.chosen(r), second.chosen(r)) for r in rest]))
-    half = NormalDist().inv_cdf(0.5 + LEVEL / 2) * variance**0.5
+    half = _student(groups - 1) * variance**0.5
     return Figure(value, value - half, value + half, n, f"jackknife over {groups} groups (Efron and Stein 1981){what}")
+
+
+def _student(freedom: int) -> float:
+    """Student's quantile for an interval of LEVEL (Abramowitz and Stegun 1964, 26.7.5, to second order)."""
+    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def _centred(real: Features, fake: Features) -> tuple[Tensor, Tensor]:

@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from handmill import folder
 from handmill.checks import evidence, features, fidelity, neighbours
 from handmill.checks.image_pictures import draw
 from handmill.checks.image_verdict import lines, verdict
 from handmill.data.images import Images
 from handmill.data.items import Items
 from handmill.data.order import draw as number
+from handmill.errors import UserError
 from handmill.families import tensors, variational
 from handmill.folder import Model
+from handmill.media.pictures import to_uint8
 from handmill.media.pixels import Pixels
 from handmill.recipe import not_negative, positive
 
@@ -119,7 +120,7 @@ def training_split(model: Model) -> Images | None:
     try:
         images = Images.open(prepared) if prepared.is_dir() else None
         return images if images is not None and images.fingerprint == fingerprint and images.complete() else None
-    except folder.UserError:
+    except UserError:
         return None  # a copy cut short: as good as none
 
 
@@ -169,7 +170,7 @@ def _reconstructed(ground: Ground, count: int) -> tuple[NDArray[np.uint8], NDArr
     model, batch = ground.model, _items(ground).first(count)
     condition = {"label": batch["label"].to(model.device)} if model.codec.classes else {}
     again = variational.reconstruct(model.network, model.recipe.objective, batch["x"].to(model.device), condition)
-    return tensors.to_uint8(again), batch["label"].numpy()
+    return to_uint8(again), batch["label"].numpy()
 
 
 def _items(ground: Ground) -> Items:

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from handmill.families import variational
-from handmill.families.tensors import to_uint8
 from handmill.media import pictures
+from handmill.media.pictures import to_uint8
 
 SHOWN = 100  # samples
 PAIRS = 12  # samples beside the training images nearest to them

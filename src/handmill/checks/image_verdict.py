@@ -50,8 +50,8 @@ def _copies(copying: dict[str, Any]) -> tuple[bool | None, str]:
         return None, f"copying {copying['missing']}"
     worst = max(copying["by"].values(), key=lambda found: found["excess"]["low"])
     if worst["excess"]["low"] > COPIED:
-        return True, (f"copies: {worst['share_closer_than_real_1pct']['value']:.1%} of samples stand out as near to one "
-                      f"training image, of real images {worst['share_of_real']['value']:.1%}")
+        return True, (f"copies: {worst['share_closer_than_real_1pct']['value']:.1%} of samples stand out as near to "
+                      f"one training image, of real images {worst['share_of_real']['value']:.1%}")
     return False, "not shown to copy training images"
 
 

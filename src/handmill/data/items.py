@@ -34,7 +34,7 @@ class Items:
 
     def keep(self) -> None:
         """Encode every image once, where no augmentation changes them and the codes fit into memory."""
-        plain = self.codec.shape == self.images.shape[1:]
+        plain = not hasattr(self.codec, "model")
         if varies(self.data) or plain or len(self) * 4 * int(np.prod(self.codec.shape)) > HELD_IN_MEMORY:
             return
         self.kept = torch.cat([self.encode(np.arange(i, min(i + AT_ONCE, len(self)))) for i in

@@ -9,7 +9,6 @@ from torch import nn
 from handmill.recipe import Recipe
 
 LEARNING = {"autoregressive": "next_token", "variational": "evidence", "diffusion": "denoising"}
-MAKING = {"autoregressive": "autoregressive", "variational": "tensors", "diffusion": "tensors"}
 
 
 def task(network: nn.Module, codec: Any, prepared: Any, recipe: Recipe, out: Path) -> Any:
@@ -30,4 +29,4 @@ def faithful(network: Any, recipe: Recipe, kept: dict[str, Any]) -> bool:
 
 
 def _making(recipe: Recipe) -> Any:
-    return importlib.import_module(f"handmill.families.{MAKING[recipe.family]}")
+    return importlib.import_module(f"handmill.families.{'autoregressive' if recipe.medium == 'text' else 'tensors'}")

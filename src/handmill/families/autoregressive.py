@@ -21,7 +21,12 @@ WITNESSES = 32  # tokens that the receipt keeps of a greedy sample
 
 @dataclass(frozen=True)
 class Objective:
-    """The [objective] table: the likelihood of each token given those before it, which leaves nothing to set."""
+    """The [objective] table: the likelihood of each token given those before it."""
+
+    label_dropout: float = 0.1  # share of images whose class is hidden, so that one can be made without a class
+
+    def __post_init__(self) -> None:
+        within(self, 0.0, 1.0, "label_dropout")
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,27 @@ def generate(network: Any, codec: Any, prompts: Sequence[str], sampling: Samplin
     rows = [_Row(i, encode(codec, prompt)[-network.settings.context:], Text(codec.token_bytes, sampling.stop))
             for i, prompt in enumerate(prompts)]
     return _generate(network, rows, codec.end, sampling, seed, cached, first)
+
+
+@torch.inference_mode()
+def fixed_length(network: Any, first: Tensor, length: int, codes: int, sampling: Sampling, seed: int,
+                 rows: Sequence[int]) -> Tensor:
+    """`length` tokens below `codes` after each of the tokens `first` (B,): (B, length) int64.
+
+    The draws of row i depend on (seed, rows[i]) alone.
+    """
+    made, state, tokens = torch.zeros(len(first), 0, dtype=torch.int64, device=first.device), None, first[:, None]
+    for step in range(length):
+        logits, state = network(tokens, state)  # (B, 1, V)
+        logits = logits[:, -1, :codes].float()
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        if sampling.repetition_penalty != 1:
+            seen.scatter_(1, made, True)
+        logits = filtered(logits, seen, temperature=sampling.temperature, k=sampling.top_k, p=sampling.top_p,
+                          least=sampling.min_p, penalty=sampling.repetition_penalty)
+        tokens = draw(logits, seed, rows, step)[:, None].to(first)
+        made = torch.cat((made, tokens), 1)
+    return made
 
 
 def greedy(network: Any, prompt: Sequence[int], count: int, cached: bool = True) -> list[int]:

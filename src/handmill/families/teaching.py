@@ -4,46 +4,37 @@ B items, C channels, *S space.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from handmill.data.items import Batch, Items, enough
-from handmill.families import tensors
-from handmill.media import pictures
+from handmill.families.previews import Preview
 from handmill.recipe import Recipe
 from handmill.training import distributed
 from handmill.training.loop import Phase, Task
 from handmill.training.optimizers import Optimizer
 
 EVALUATED_AT_ONCE = 256  # items
-PREVIEW = 64  # samples in the picture that shows how training gets on
 
 # (module, batch, whether in training) -> parts of the loss, each (B,); "loss" is what is minimised
 Parts = Callable[[nn.Module, Batch, bool], dict[str, Tensor]]
 
 
-def task(network: Any, codec: Any, prepared: Any, recipe: Recipe, out: Path, parts: Parts,
-         optimizers: list[Optimizer], measure: str) -> Task:
+def task(network: Any, codec: Any, prepared: Any, recipe: Recipe, parts: Parts, optimizers: list[Optimizer],
+         measure: str, preview: Preview) -> Task:
     """What the loop needs to teach `network` the items of `prepared` by the mean of parts(...)["loss"]."""
     training = recipe.training
     enough(prepared, training.batch)
     items = Items(prepared, "train", codec, recipe.data, recipe.seed)
     items.keep()
     held_out = Items(prepared, "validation", codec, recipe.data, recipe.seed).first(training.evaluate_items)
-    picture = out / "samples" / "training.png"
+    sample, picture = preview
 
     def loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         each = parts(module, batch, True)["loss"]
         return each.float().sum(), torch.tensor(each.shape[0])
-
-    def sample(module: nn.Module) -> str:
-        images = tensors.make(module, codec, recipe, tensors.every_class(recipe, codec, PREVIEW), recipe.sampling, recipe.seed)
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        pictures.save_png(picture, pictures.grid(images), {})
-        return str(picture)
 
     phase = Phase("network", network, loss, lambda batch: len(batch["label"]), optimizers)
     return Task([phase], items.batch, lambda module: evaluate(module, held_out, parts), sample, 1,

@@ -54,6 +54,12 @@ def _some(network: Any, codec: Any, recipe: Recipe, labels: Sequence[int], sampl
         sigma = recipe.objective.sigma_data or codec.deviation
         codes = making.sample(network, recipe.objective, sampling, codec.shape, condition, noise, sigma,
                               len(codec.classes), device)
+    elif recipe.family == "autoregressive":
+        from handmill.families.autoregressive import fixed_length
+
+        start = torch.tensor([codec.codes + label for label in labels], device=device)
+        rows = list(range(first, first + len(labels)))
+        return to_uint8(codec.decode(fixed_length(network, start, codec.length, codec.codes, sampling, seed, rows)))
     else:
         from handmill.families import variational
 
@@ -106,6 +112,8 @@ def _answer(network: Any, recipe: Recipe) -> Tensor:
     one = torch.zeros(1, dtype=torch.int64, device=device)
     if recipe.family == "diffusion":
         answer = network(normal(0, one, network.shape), one.float(), {})
+    elif recipe.family == "autoregressive":
+        answer = network(torch.arange(min(8, recipe.network.context), device=device)[None])[0]
     else:
         answer = network.decode(normal(0, one, network.latent_shape), {})
     flat: Tensor = answer.flatten().float().cpu()

@@ -19,16 +19,16 @@ def report_lines(recipe: Recipe, prepared: Any) -> list[str]:
     return lines
 
 
-def codec(settings: Any, folder: Path, trained: Any = None) -> Any:
-    """The codec of a recipe's [codec] table, from its folder; `trained` is the model in it where there is one."""
-    if settings.kind == "pixels":
+def codec(recipe: Recipe, folder: Path, trained: Any = None) -> Any:
+    """The codec of a recipe, from its folder; `trained` is the model in it where there is one."""
+    if recipe.codec.kind == "pixels":
         from handmill.media.pixels import Pixels
 
         return Pixels.load(folder)
-    if settings.kind == "model":
-        from handmill.media.latents import Latents
+    if recipe.codec.kind == "model":
+        from handmill.media.latents import Codes, Latents
 
-        return Latents.load(folder, trained)
+        return (Codes if recipe.family == "autoregressive" else Latents).load(folder, trained)
     from handmill.media import tokenizers
 
-    return tokenizers.load(settings, folder)
+    return tokenizers.load(recipe.codec, folder)

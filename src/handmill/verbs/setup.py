@@ -12,7 +12,7 @@ from handmill import recipe as recipes
 from handmill.data.items import Items
 from handmill.data.order import draw
 from handmill.errors import UserError
-from handmill.media.latents import Latents
+from handmill.media.latents import Codes, Latents
 from handmill.media.pixels import Pixels
 from handmill.networks import build
 from handmill.recipe import Recipe
@@ -52,7 +52,10 @@ def fit(recipe: Recipe, prepared: Any, device: torch.device) -> Any:
     pixels.deviation = sample.std().item()
     if recipe.codec.kind == "pixels":
         return pixels
-    return Latents.fit(trained(recipe, pixels, device), pixels.classes, sample)
+    model = trained(recipe, pixels, device)
+    if recipe.family == "autoregressive":
+        return Codes(model, pixels.classes)
+    return Latents.fit(model, pixels.classes, sample)
 
 
 def trained(recipe: Recipe, pixels: Pixels, device: torch.device) -> folder.Model:
@@ -68,4 +71,6 @@ def trained(recipe: Recipe, pixels: Pixels, device: torch.device) -> folder.Mode
                         f"{sizes[1]}: set data.size and data.colour to the autoencoder's")
     if model.recipe.network.flat:
         raise UserError(f"{where} makes one vector of an image: train it with network.flat = false for a map of codes")
+    if recipe.family == "autoregressive" and model.recipe.network.bottleneck == "gaussian":
+        raise UserError(f"{where} has no codes to predict: train it with network.bottleneck = \"vq\" or \"fsq\"")
     return model
