@@ -3,6 +3,7 @@
 The best figure of a row is marked only where its interval overlaps no other model's.
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -134,12 +135,27 @@ def best(figures: Sequence[Figure | None], better: str) -> int | None:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The table for the screen; verdicts and notes below it."""
+    """The table for the screen, in several parts where it is wider; verdicts and notes below it."""
     table = [["", *result["columns"]], *([row["what"], *row["cells"]] for row in result["rows"][:-1])]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    shown_lines: list[str] = []
+    for columns in _that_fit(table, shutil.get_terminal_size((120, 24)).columns):
+        widths = [max(len(row[c]) for row in table) for c in columns]
+        shown_lines += ["  ".join(f"{row[c]:{width}}" for c, width in zip(columns, widths, strict=True)).rstrip()
+                        for row in table] + [""]
     verdicts = zip(result["models"], result["rows"][-1]["cells"], strict=False)
-    return [*("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table),
-            "", *(f"verdict of {name}: {text}" for name, text in verdicts), "", *result["notes"]]
+    return [*shown_lines, *(f"verdict of {name}: {text}" for name, text in verdicts), "", *result["notes"]]
+
+
+def _that_fit(table: list[list[str]], room: int) -> Iterator[list[int]]:
+    """Numbers of the columns in each part of a table: the first in all of them, and one other at least."""
+    widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
+    part = [0]
+    for c in range(1, len(widths)):
+        if len(part) > 1 and sum(widths[i] for i in [*part, c]) > room:
+            yield part
+            part = [0]
+        part.append(c)
+    yield part
 
 
 def _plain(row: Row, models: int, references: int) -> dict[str, Any]:
@@ -183,14 +199,17 @@ def _text(entries: Sequence[Entry]) -> tuple[list[str], list[Row], list[str]]:
     rows = [Row(unit.replace("_", " "), [*(f[unit] for f in found), *(base[unit] for base in known.values())], "lower")
             for unit in ("bits_per_character", "bits_per_byte")]
     rows.append(Row("perplexity (of each one's own tokens: not comparable)", [f["perplexity"] for f in found]))
-    lengths = dict.fromkeys(length for e in entries for length in e.check["copying"].get("lengths", {}))
-    for length in lengths:
-        parts = [e.check["copying"].get("lengths", {}).get(length, e.check["copying"]) for e in entries]
-        rows.append(Row(f"copied, {length} characters in a row", [p.get("generated") or _short(p) for p in parts],
-                        form=percent))
-    notes = [_of_split(entries), *_reasons(entries, ("copying",)), "Copying has no best: the verdict says where it is "
-             "more than held-out text shares with the training text."]
+    rows += [Row(f"copied, {length} characters in a row", _copied(entries, length), form=percent)
+             for length in dict.fromkeys(length for e in entries for length in e.check["copying"].get("lengths", {}))]
+    notes = [_of_split(entries), *_unknown(entries), *_reasons(entries, ("copying",)), "Copying has no best: the "
+             "verdict says where it is more than held-out text shares with the training text."]
     return [_BASELINES[name] for name in known], rows, notes
+
+
+def _copied(entries: Sequence[Entry], length: str) -> list[Figure | str]:
+    """Copied shares of generated text, by characters in a row."""
+    parts = [e.check["copying"].get("lengths", {}).get(length, e.check["copying"]) for e in entries]
+    return [part.get("generated") or _short(part) for part in parts]
 
 
 def _of_split(entries: Sequence[Entry]) -> str:
@@ -200,6 +219,11 @@ def _of_split(entries: Sequence[Entry]) -> str:
     same = len({(h["documents"], h["characters"]) for h in held}) == 1
     return (f"Documents of the {held[0]['split']} split that were read: {named}"
             + ("." if same else ", which differ: `handmill check FOLDER tokens=0` reads all."))
+
+
+def _unknown(entries: Sequence[Entry]) -> list[str]:
+    return [f"{e.name} does not know {count:,} of these characters and takes them for one: its figures are flattered."
+            for e in entries if (count := e.check["held_out"].get("unknown_characters", 0))]
 
 
 def _image(entries: Sequence[Entry]) -> tuple[list[str], list[Row], list[str]]:

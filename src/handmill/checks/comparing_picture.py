@@ -68,4 +68,5 @@ def _points(axes: Axes, row: dict[str, Any], columns: list[str], models: int) ->
     axes.set_ylim(len(columns) - 0.5, -0.5)
     axes.tick_params(left=False, labelsize=9)
     axes.set_title(row["what"], loc="left", fontsize=9)
-    axes.set_xlabel(f"{row['better']} is better; intervals of 95 %" if row["better"] else "intervals of 95 %", fontsize=8)
+    better = f"{row['better']} is better; " if row["better"] else ""
+    axes.set_xlabel(f"{better}intervals of 95 %", fontsize=8)

@@ -1,8 +1,9 @@
 """How like the data the samples are, and how much of the data they cover: figures on features of both.
 
 Fréchet distance: Heusel et al. 2017, extrapolated to infinitely many samples: Chong and Forsyth 2020; precision
-and recall: Kynkäänniemi et al. 2019; density and coverage: Naeem et al. 2020. Fréchet distance, precision and
-density are blind to a generator that repeats a few good images; recall and coverage see it.
+and recall: Kynkäänniemi et al. 2019; density and coverage: Naeem et al. 2020. Precision and density are blind to a
+generator that repeats a few good images, and a Fréchet distance without its floor does not tell; recall and coverage
+see it.
 
 N samples, M real samples, D features, G groups of samples, K classes.
 """

@@ -207,10 +207,9 @@ def _fidelity(ground: Ground, made: NDArray[np.uint8]) -> dict[str, Any]:
     if missing:
         return {"missing": missing}
     assert ground.classifier is not None
-    assert ground.training is not None
-    count = min(len(made), ground.held.count(ground.split), ground.training.count("train"))
-    other = np.asarray(ground.training.images("train")[_spread(ground.training.count("train"), count)])
-    real = ground.real[_spread(len(ground.real), count)]
+    pool = np.random.default_rng(SEED).permutation(_unseen(ground, 2 * len(made)))
+    count = min(len(made), len(pool) // 2)
+    real, other = pool[:count], pool[count:2 * count]
     named = {ground.classifier.name: ground.classifier.features}
     if ground.settings.inception:
         from handmill.checks import inception
@@ -224,6 +223,16 @@ def _fidelity(ground: Ground, made: NDArray[np.uint8]) -> dict[str, Any]:
         report["generated"][key] = fidelity.frechet(more(real), more(made), ground.seed).plain()
         report["floor"][key] = fidelity.frechet(more(real), more(other), ground.seed).plain()
     return report | {"accuracy": _accuracy(ground)}
+
+
+def _unseen(ground: Ground, wanted: int) -> NDArray[np.uint8]:
+    """Images that neither the model nor the feature network was trained on: the split, and validation where it is few.
+
+    Features of a network's own training images lie otherwise than those of new ones, so both sides must be new.
+    """
+    if len(ground.real) >= wanted or ground.split == "validation":
+        return ground.real
+    return np.concatenate((ground.real, ground.held.images("validation")))
 
 
 def _missing(ground: Ground, made: NDArray[np.uint8]) -> str:

@@ -84,7 +84,7 @@ class Packed:
         return load(None, inside if inside.is_dir() else self.folder.parent / "codec")
 
     def held_out_files(self) -> list[str]:
-        """What a model folder keeps, so that it can be checked anywhere: all but the tokenizer and the training split."""
+        """What a model folder keeps, to be checked anywhere: all but the tokenizer and the training split."""
         names = ["manifest.json", "report.json", "data.json"]
         names += [f"{split}.{part}" for split in NAMES if split != "train" for part in ("tokens", "starts.npy")]
         return [name for name in names if (self.folder / name).exists()]

@@ -41,7 +41,7 @@ def make(network: Any, codec: Any, recipe: Recipe, labels: Sequence[int], sampli
 
 def _some(network: Any, codec: Any, recipe: Recipe, labels: Sequence[int], sampling: Any, seed: int,
           first: int) -> Images:
-    device = next(network.parameters()).device
+    device = device_of(network)
     places = torch.arange(first, first + len(labels), device=device)
     condition = {"label": torch.tensor(labels, device=device)} if codec.classes else {}
 
@@ -65,6 +65,12 @@ def _some(network: Any, codec: Any, recipe: Recipe, labels: Sequence[int], sampl
 
         codes = variational.sample(network, recipe.objective, sampling, condition, noise(0, network.latent_shape))
     return to_uint8(codec.decode(codes.float()))
+
+
+def device_of(network: Any) -> torch.device:
+    """Where a network computes, or what stands for one and says so itself."""
+    device: torch.device = network.device if hasattr(network, "device") else next(network.parameters()).device
+    return device
 
 
 def classes(recipe: Recipe, codec: Any) -> tuple[str, ...]:

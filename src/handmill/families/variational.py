@@ -39,15 +39,11 @@ class Objective:
     beta: float = 1.0  # weight of the KL term
     likelihood: Literal["bernoulli", "gaussian", "laplace"] = "bernoulli"  # of a pixel, given the decoder's output
     scale: float = 0.0  # sigma of "gaussian", b of "laplace", in pixels of [-1, 1]; 0: one scale, learned
-    binarise: bool = False  # each pixel is drawn as black or white anew, with its grey as the probability
     free_bits: float = 0.0  # nats of each latent unit of an item that cost nothing more than this
     commitment: float = 0.25  # weight of the encoder's squared distance to its codes (vq)
 
     def __post_init__(self) -> None:
         not_negative(self, "beta", "scale", "free_bits", "commitment")
-        if self.binarise and self.likelihood != "bernoulli":
-            raise UserError(f'binarise = true makes pixels black or white: choose likelihood = "bernoulli", '
-                            f'not "{self.likelihood}"')
 
 
 @dataclass(frozen=True)
@@ -58,11 +54,6 @@ class Sampling:
 
     def __post_init__(self) -> None:
         positive(self, "temperature")
-
-
-def binarise(x: Tensor, uniform: Tensor) -> Tensor:
-    """x (B, C, *S) in [-1, 1] as draws of -1 or 1 with mean x; `uniform` in [0, 1), one number a pixel."""
-    return torch.where(uniform < (x + 1) / 2, 1.0, -1.0).to(x.dtype)
 
 
 def kl_to_standard(mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -316,7 +316,8 @@ def is_small(job: Job) -> bool:
     parameters = [p for phase in job.task.phases for p in phase.network.parameters()]
     ends = sum(p.shape[0] + p.shape[1] for p in parameters if p.ndim > 1)  # inputs and outputs of the matrices
     elements = max(job.micro_batch, job.at_once)
-    held = 4 * (ACTIVATIONS * ends * elements * job.task.items * job.task.positions + 6 * sum(p.numel() for p in parameters))
+    passed = ACTIVATIONS * ends * elements * job.task.items * job.task.positions
+    held = 4 * (passed + 6 * sum(p.numel() for p in parameters))
     whole = job.micro_batch == job.share and job.task.flops * job.task.items * job.share < SMALL_STEP
     return job.device.type == "cpu" and whole and held < SMALL * job.room
 

@@ -61,7 +61,8 @@ def images(model: Model, prompts: Sequence[str], runtime: str = "torch", seed: i
     """
     from handmill.families import tensors
 
-    settings, labels = sampling(model, **overrides), [tensors.label_of(model.recipe, model.codec, prompt) for prompt in prompts]
+    settings = sampling(model, **overrides)
+    labels = [tensors.label_of(model.recipe, model.codec, prompt) for prompt in prompts]
     return tensors.make(network_of(model, runtime), model.codec, model.recipe, labels, settings, checked(seed), first)
 
 
@@ -116,7 +117,7 @@ def network_of(model: Model, runtime: str) -> Any:
         return model.network
     if runtime != "onnx":
         raise UserError(f"runtime = {runtime!r} is not known: choose torch or onnx")
-    from handmill.serving.onnxruntime import Runtime
+    from handmill.serving import onnxruntime
 
     made = folder.read_receipt(model.path).get("exports", {}).get("onnx")
     if made is None:
@@ -126,7 +127,7 @@ def network_of(model: Model, runtime: str) -> Any:
         file = target / name
         if not file.is_file() or folder.fingerprint(file) != expected:
             raise UserError(f"{file} is not as exported: run `handmill export {model.path} --to onnx` again")
-    return Runtime(target)
+    return onnxruntime.load(target)
 
 
 def _in_turns(model: Model, network: Any, prompts: list[str], settings: Sampling,

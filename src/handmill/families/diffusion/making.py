@@ -70,24 +70,25 @@ def grid(objective: Objective, sampling: Sampling) -> Tensor:
     return noise_levels.ddpm_grid(n, table[(low <= table) & (table <= high)])
 
 
-def denoising(network: nn.Module, objective: Objective, sampling: Sampling, sigma_data: float,
+def denoising(network: nn.Module | Denoising, objective: Objective, sampling: Sampling, sigma_data: float,
               null_label: int) -> Denoising:
-    """The denoiser as `sampling` asks for it: guided, then clipped."""
-    denoiser = guided(Denoiser(network, objective, sigma_data), sampling.guidance, null_label, sampling.interval)
+    """The denoiser as `sampling` asks for it: guided, then clipped. `network` may be the denoiser itself."""
+    denoiser = Denoiser(network, objective, sigma_data) if isinstance(network, nn.Module) else network
+    denoiser = guided(denoiser, sampling.guidance, null_label, sampling.interval)
     return clipped(denoiser, -sampling.clip, sampling.clip) if sampling.clip else denoiser
 
 
 @torch.inference_mode()
-def sample(network: nn.Module, objective: Objective, sampling: Sampling, shape: tuple[int, ...],
+def sample(network: nn.Module | Denoising, objective: Objective, sampling: Sampling, shape: tuple[int, ...],
            conditions: Mapping[str, Tensor], noise: Callable[[int], Tensor], sigma_data: float, null_label: int,
            device: torch.device | str) -> Tensor:
-    """Samples (N, *shape) float32 of `network`, which must be in evaluation mode.
+    """Samples (N, *shape) float32 of `network`, which must be in evaluation mode, or is the denoiser itself.
 
     `noise(i)` gives the i-th draw, (N, *shape) standard normal; draw 0 is the start, draw i + 1 belongs to step i.
     `conditions` hold N rows each, such as "label" (N,). Equal arguments give equal samples.
     Raises UserError as `grid` does.
     """
-    assert not network.training, "call network.eval() first: dropout disturbs samples"
+    assert not isinstance(network, nn.Module) or not network.training, "call network.eval(): dropout disturbs samples"
     device = torch.device(device)
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     sigmas = grid(objective, sampling)
