@@ -43,7 +43,8 @@ def write(where: Path, name: str = "tiny", codec: str = "byte", lines: int = 400
 
 def training(packed: Any, steps: int) -> dict[str, Any]:
     """What the receipt says of the run, as the trainer writes it."""
-    return {"steps": steps, "seed": 1, "tokens": 3072, "parameters": 12345, "loss": 2.5, "validation_loss": 2.625,
+    return {"steps": steps, "seed": 1, "items": 3072, "unit": "tokens", "measure": "nats per token",
+            "parameters": 12345, "loss": 2.5, "validation_loss": 2.625,
             "seconds": {"setup": 1.0, "train": 61.0}, "precision": "fp32", "compile": False, "processes": 1,
             "machine": {"cpu": "Abacus", "cores": 2}, "fingerprint": packed.fingerprint,
             "plan": {"predicted": {"seconds": 60.0, "memory_bytes": 2e8, "disk_bytes": 1e6},

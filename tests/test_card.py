@@ -27,6 +27,8 @@ NASTY = "<script>alert('x')</script> & ```` | *bold*\n# not a title\n[link](http
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = checked.write(tmp_path_factory.mktemp("runs"))
+    training = folder.read_receipt(path)["training"]
+    folder.record(path, "training", training | {"items": 3072, "unit": "tokens", "measure": "nats per token"})
     check(path, progress=False)
     curve.draw(path / "metrics.jsonl", path / "loss.png")
     return path

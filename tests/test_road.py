@@ -84,7 +84,7 @@ def test_onnx_gives_the_same_text(trained: Path) -> None:
 
 
 def test_every_verb_has_help_with_an_example() -> None:
-    for verb in ("new", "plan", "train", "check", "generate", "export", "serve", "card"):
+    for verb in ("new", "plan", "train", "check", "generate", "export", "serve", "card", "compare"):
         done = handmill(verb, "--help")
         assert done.returncode == 0
         assert f"handmill {verb} " in done.stdout.split("example:")[1]

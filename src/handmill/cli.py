@@ -82,13 +82,11 @@ def _images(args: argparse.Namespace, model: Any, settings: dict[str, Any]) -> N
 
 
 def export(args: argparse.Namespace) -> None:
-    from handmill.verbs.export import export
+    from handmill.verbs.export import export, lines
 
     result = export(args.folder, args.to)
     print(f"wrote {args.folder / 'exports' / args.to}")
-    print(f"largest difference from the trained network's logits: {result['logits_error']:.2g} "
-          f"(allowed {result['tolerance']:.2g}), {result['greedy_tokens']} greedy tokens the same\n"
-          f"compared with {result['compared_with']} on {result['compared_on']}; recorded in the receipt")
+    print("\n".join(lines(result)))
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -102,6 +100,12 @@ def card(args: argparse.Namespace) -> None:
 
     for path in card(args.folder):
         print(path)
+
+
+def compare(args: argparse.Namespace) -> None:
+    from handmill.verbs.compare import compare, lines
+
+    print("\n".join(lines(compare(args.folders, args.out, check=not args.no_check))))
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -130,7 +134,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     """The whole parser, and each verb's own, with its options and an example."""
     top = argparse.ArgumentParser(
         "handmill", description="Your files in; a generative model you own out.",
-        epilog="The road: new -> plan -> train -> check -> generate -> export -> serve, and card. "
+        epilog="The road: new -> plan -> train -> check -> generate -> export -> serve, and compare and card. "
                "Each verb has its own --help with an example.")
     top.add_argument("--version", action="version", version=f"handmill {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -195,6 +199,12 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     p = verb(card, "write the model card as Markdown and HTML", "runs/notes")
     p.add_argument("folder", type=Path, help="a model folder")
+
+    p = verb(compare, "set models of the same data side by side, of any family: one table and one picture",
+             "runs/vae runs/ddpm runs/latent-diffusion --out comparison")
+    p.add_argument("folders", type=Path, nargs="+", help="two or more model folders")
+    p.add_argument("--out", type=Path, help="where compare.md and compare.png go (default: compare/)")
+    p.add_argument("--no-check", action="store_true", help="do not check a model that was not checked: say so and end")
 
     p = verb(demo, "the whole road on text that every Python has, in two minutes", "")
     p.add_argument("--out", type=Path, default=Path("runs"), help="where the demo's folders go (default: runs)")

@@ -62,8 +62,9 @@ def _latent(ground: Any) -> dict[str, NDArray[np.uint8]]:
     again = variational.reconstruct(network, objective, x, condition)
     found = {"reconstructions": pictures.labelled_rows([
         ("held-out images", to_uint8(x[:ROW])), ("reconstructions", to_uint8(again[:ROW]))])}
-    paths = variational.interpolate(network, objective, x[:4], x[4:8], ROW)  # (steps, B, C, H, W)
-    found["interpolation"] = pictures.grid(to_uint8(paths.transpose(0, 1).flatten(0, 1)), columns=ROW)
+    if pairs := min(4, len(x) // 2):
+        paths = variational.interpolate(network, objective, x[:pairs], x[pairs:2 * pairs], ROW)  # (steps, B, C, H, W)
+        found["interpolation"] = pictures.grid(to_uint8(paths.transpose(0, 1).flatten(0, 1)), columns=ROW)
     if network.quantiser is None:
         rows = variational.latent_map(network, objective, ROW, x)  # (rows, n, C, H, W)
         found["latent map"] = pictures.grid(to_uint8(rows.flatten(0, 1)), columns=rows.shape[1])

@@ -24,13 +24,16 @@ from handmill.networks.spatial import (
     Attention,
     Noise,
     channels_last,
+    crop,
     embed_label,
     group_norm_silu,
     grow,
     halved,
     label_embedding,
+    patchify,
     rows,
     shrink,
+    unpatchify,
     unrows,
 )
 from handmill.recipe import positive, within
@@ -41,6 +44,7 @@ class Settings:
     """The [network] table of a U-Net."""
 
     kind: Literal["unet"] = "unet"
+    patch: int = 1  # places a side that become the channels of one: small images train faster by 2
     width: int = 64  # channels of the first level
     multipliers: tuple[int, ...] = (1, 2, 3)  # channels of each level in widths; each level halves the space
     blocks: int = 2  # residual blocks a level, down and up each
@@ -51,7 +55,7 @@ class Settings:
     dropout: float = 0.0  # of features inside residual blocks; its random mask costs half a convolution on a CPU
 
     def __post_init__(self) -> None:
-        positive(self, "width", "blocks", "head_width", "groups")
+        positive(self, "patch", "width", "blocks", "head_width", "groups")
         within(self, 0.0, 0.99, "dropout")
         if not self.multipliers or min(self.multipliers) < 1:
             raise UserError(f"multipliers = {list(self.multipliers)} must be one whole number above 0 for each level")
@@ -211,29 +215,43 @@ class UNet(nn.Module):
         super().__init__()
         assert 2 <= len(shape) <= 4, shape
         self.settings, self.shape, self.classes = settings, tuple(shape), classes
-        s, space = settings, shape[1:] if len(shape) > 2 else (1, *shape[1:])
+        s, self.grid = settings, tuple(-(-size // settings.patch) for size in shape[1:])
+        space, channels = self.grid if len(shape) > 2 else (1, *self.grid), shape[0] * s.patch ** (len(shape) - 1)
         self.embedding = label_embedding(classes, s.embedding)
         self.noise = Noise(s.width, s.embedding)
-        self.first = Convolution(shape[0], s.width, space)
+        self.first = Convolution(channels, s.width, space)
         self.levels = Level(s, 0, space)
         self.norm = GroupNormSilu(s.width, s.groups)
-        self.last = Convolution(s.width, shape[0], space, bias=True)
+        self.last = Convolution(s.width, channels, space, bias=True)
         nn.init.zeros_(self.last.weight)
 
     def forward(self, x: Tensor, noise: Tensor, condition: dict[str, Tensor]) -> Tensor:
         assert x.shape[1:] == self.shape, (x.shape, self.shape)
         e = self.noise(noise)  # (B, E)
         e = F.silu(e + embed_label(self.embedding, condition, e))
-        h = x.unsqueeze(2) if x.ndim == 3 else x  # (B, C, H, W)
-        h = self.first(channels_last(h.to(self.first.weight.dtype)))
+        h = patches(x.to(self.first.weight.dtype), self.settings.patch)
+        h = self.first(channels_last(h.unsqueeze(2) if h.ndim == 3 else h))  # (B, C, H, W)
         h = self.last(self.norm(self.levels(h, e)))
-        return h.reshape(x.shape).to(x.dtype)
+        return whole(h.reshape(x.shape[0], -1, *self.grid), self.settings.patch, x.shape[2:]).to(x.dtype)
 
     def flops_per_item(self) -> float:
         """Floating-point operations of training on one item: three forward passes' worth (Kaplan et al. 2020, 2.1)."""
         maps = sum(m.flops() for m in self.modules() if isinstance(m, Convolution | MapAttention))
         vectors = [m for b in self.modules() if isinstance(b, Block | Noise) for m in b.children()]
         return 3.0 * (maps + sum(2 * m.weight.numel() for m in vectors if isinstance(m, nn.Linear)))
+
+
+def patches(x: Tensor, patch: int) -> Tensor:
+    """(B, C, *S) to (B, p^N C, *S / p), zeros standing in where a size is not divisible."""
+    if patch == 1:
+        return x
+    extra = [part for size in reversed(x.shape[2:]) for part in (0, -size % patch)]
+    return patchify(F.pad(x, extra), patch).movedim(-1, 1)
+
+
+def whole(x: Tensor, patch: int, space: torch.Size) -> Tensor:
+    """The inverse of `patches`: (B, p^N C, *S / p) to (B, C, *S)."""
+    return x if patch == 1 else crop(unpatchify(x.movedim(1, -1), patch), space)
 
 
 def normalised(x: Tensor, gain: Tensor, shift: Tensor, groups: int) -> Tensor:

@@ -95,7 +95,10 @@ class AdamW(Optimizer):
 
 
 class Muon(Optimizer):
-    """Nesterov momentum, orthogonalised; the update is scaled by sqrt(max(1, rows / columns))."""
+    """Nesterov momentum, orthogonalised; the update is scaled by sqrt(max(1, rows / columns)).
+
+    The weights of a convolution are a matrix of outputs by all that each sees.
+    """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95,
                  weight_decay: float = 0.0) -> None:
@@ -107,8 +110,9 @@ class Muon(Optimizer):
             shapes: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    assert p.ndim == 2, p.shape
-                    shapes[min(p.shape), max(p.shape)].append(p)
+                    assert p.ndim > 1, p.shape
+                    rows, columns = p.shape[0], p.numel() // p.shape[0]
+                    shapes[min(rows, columns), max(rows, columns)].append(p)
             for alike in shapes.values():
                 self._step_together(alike, group)
 
@@ -118,11 +122,12 @@ class Muon(Optimizer):
         gradients = [p.grad for p in alike if p.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])
-        wide = torch.stack([g.T if g.shape[0] > g.shape[1] else g for g in ahead])  # (N, min, max)
-        updates = [u.T if p.shape[0] > p.shape[1] else u for p, u in zip(alike, orthogonalise(wide), strict=True)]
+        flat = [g.flatten(1) for g in ahead]
+        wide = torch.stack([g.T if g.shape[0] > g.shape[1] else g for g in flat])  # (N, min, max)
+        updates = [u.T if g.shape[0] > g.shape[1] else u for g, u in zip(flat, orthogonalise(wide), strict=True)]
         torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
         for p, update in zip(alike, updates, strict=True):
-            p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+            p.add_(update.reshape(p.shape), alpha=-group["lr"] * max(1.0, update.shape[0] / update.shape[1]) ** 0.5)
 
 
 def optimizers(network: nn.Module, training: Training) -> list[Optimizer]:
@@ -136,7 +141,7 @@ def optimizers(network: nn.Module, training: Training) -> list[Optimizer]:
             continue
         if p.ndim < 2:
             vectors.append(p)
-        elif p.ndim > 2 or name.startswith(("embedding", "position", "head")):
+        elif name.startswith(("embedding", "position", "head", "codebook")):
             outer.append(p)
         else:
             inner.append(p)

@@ -12,6 +12,8 @@ from handmill.errors import UserError
 def new(shipped: str, files: Sequence[str], out: Path, name: str | None = None) -> Path:
     """Write the shipped recipe `shipped` to `out` with data.paths = `files` and the given name (default: out's stem).
 
+    Without files the recipe keeps the paths it has.
+
     Raises UserError when there is no such recipe, `out` exists already, or a file is missing.
     """
     source = recipes.find(shipped)
@@ -22,7 +24,8 @@ def new(shipped: str, files: Sequence[str], out: Path, name: str | None = None) 
             raise UserError(f"{file} does not exist: name files, folders or globs in quotes")
     text = source.read_text(encoding="utf-8")
     paths = json.dumps(list(files), ensure_ascii=False)
-    text = re.sub(r"(?m)^paths = \[[^\]]*\]", lambda _: f"paths = {paths}", text, count=1)
+    if files:
+        text = re.sub(r"(?m)^paths = \[[^\]]*\]", lambda _: f"paths = {paths}", text, count=1)
     text = re.sub(r'(?m)^name = "[^"]*"', lambda _: f"name = {json.dumps(name or out.stem)}", text, count=1)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
