@@ -58,6 +58,7 @@ def table(network: str, images: Path, codec: Path | None = None, **training: Any
     return {"name": network, "medium": "image", "family": FAMILIES.get(network, "variational"), "data": data,
             "codec": {"kind": "model", "path": str(codec)} if codec else {"kind": "pixels"},
             "network": NETWORKS[network], "training": settings,
+            "objective": {} if network in FAMILIES else {"likelihood": "gaussian"},
             "check": {"samples": 24, "images": 12, "importance": 4},
             "sampling": {"steps": 4} if FAMILIES.get(network) == "diffusion" else {}}
 

@@ -236,7 +236,7 @@ def _image(entries: Sequence[Entry]) -> tuple[list[str], list[Row], list[str]]:
             *(judged if len(made) == 1 else [row._replace(better="") for row in judged]), *_likelihood_rows(entries)]
     measured = _first(e.check["fidelity"] for e in entries)
     notes = [f"Likeness and variety: features {measured['network']}, n = {measured['n']:,} of each; real images are "
-             "training images beside held-out ones."] if measured else []
+             "one half of the unseen ones beside the other."] if measured else []
     if len(made) > 1:
         notes.append("Likeness has no best, because not all are judged alike: " + ", ".join(
             f"{e.name} by {e.check['samples']['what']}" for e in entries) + ".")

@@ -57,16 +57,20 @@ def _variational(model: Model, held_out: Batch, importance: int, seed: int, prog
         for name, each in parts.items():
             sums.setdefault(name, []).append(each.double().cpu())
     found = {name: torch.cat(parts).numpy() for name, parts in sums.items()}
-    counted = "log likelihood of black and white pixels" if objective.likelihood == "bernoulli" else "log density"
-    names = ("reconstruction", "kl", "commitment", "elbo", "importance", "squared_error")
+    bernoulli, greys = objective.likelihood == "bernoulli", model.recipe.data.binarise == "no"
+    if "importance" not in found or (bernoulli and greys):
+        names: tuple[str, ...] = ("reconstruction", "kl", "commitment", "squared_error")
+        kind, counted = "no likelihood", ("cross-entropy of greys as probabilities" if bernoulli else "log density")
+    else:
+        names = ("reconstruction", "kl", "elbo", "importance", "squared_error")
+        kind = f"importance-weighted bound, {importance} samples"
+        counted = "log likelihood of black and white pixels" if bernoulli else "log density"
     figures = {name: figure(found[name], seed) for name in names if name in found}
-    dimensions = math.prod(model.codec.shape)
-    best = "importance" if "importance" in found else "reconstruction"
-    shift = 0.0 if objective.likelihood == "bernoulli" else EIGHT_BIT * dimensions
-    return {"kind": f"importance-weighted bound, {importance} samples" if best == "importance" else
-            "reconstruction alone: codes have no likelihood until a prior is trained on them",
-            "counted": f"{counted}, nats per image", "images": len(found["loss"]), **figures,
-            "bits_per_dimension": figure((found[best] + shift) / (dimensions * math.log(2)), seed)}
+    if "importance" in figures:
+        dimensions = math.prod(model.codec.shape)
+        nats = found["importance"] + (0.0 if bernoulli else EIGHT_BIT * dimensions)
+        figures["bits_per_dimension"] = figure(nats / (dimensions * math.log(2)), seed)
+    return {"kind": kind, "counted": f"{counted}, nats per image", "images": len(found["loss"]), **figures}
 
 
 @torch.inference_mode()

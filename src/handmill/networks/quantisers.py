@@ -31,9 +31,11 @@ class Codebook(nn.Module):
 
     The published update needs, of every batch, the sum of the z that each code was nearest to and their number.
     d statistics / d weight is that sum and d statistics / d counts that number: so they are added up over
-    micro-batches, averaged over processes and dropped with a bad batch like any gradient. In bf16 training they are
-    rounded to 8 bits, as the weights are, wherever bf16 copies of these two parameters are used.
+    micro-batches, averaged over processes and dropped with a bad batch like any gradient. In bf16 training these two
+    parameters stay in fp32.
     """
+
+    exact = ("weight", "counts")
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()

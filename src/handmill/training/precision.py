@@ -21,7 +21,7 @@ class HalfPrecision(nn.Module):
     """Runs a network on bf16 copies of its fp32 parameters; gradients arrive at the fp32 ones.
 
     One cast a parameter and pass. Autocast casts the input of every operator instead, which costs a small network
-    on a CPU more than it saves.
+    on a CPU more than it saves. A network may name the beginnings of `exact` parameters, which stay as they are.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -29,7 +29,8 @@ class HalfPrecision(nn.Module):
         self.network = network
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        halves = {n: p.to(torch.bfloat16) for n, p in self.network.named_parameters()}
+        exact: tuple[str, ...] = getattr(self.network, "exact", ())
+        halves = {n: p.to(torch.bfloat16) for n, p in self.network.named_parameters() if not n.startswith(exact)}
         return torch.func.functional_call(self.network, halves, args, kwargs)
 
 
