@@ -19,7 +19,8 @@ import torch
 
 from handmill import folder
 from handmill.errors import UserError
-from handmill.families.autoregressive import greedy
+from handmill.families import autoregressive
+from handmill.families.autoregressive import Sampling, greedy
 from handmill.folder import Model
 from handmill.verbs import serve as verb
 from handmill.verbs.generate import generate
@@ -308,22 +309,24 @@ def post(url: str, body: bytes) -> socket.socket:
 def test_requests_are_answered_in_order(models: dict[str, Model]) -> None:
     done: list[int] = []
     engine, finished = Engine(waiting=10), threading.Semaphore(0)
-    from handmill.families.autoregressive import Sampling
 
     def emit(number: int, item: Any) -> None:
         if item is None:
             done.append(number)
             finished.release()
 
+    def work(tokens: int) -> Any:
+        return lambda _dropped: autoregressive.generate(models["tiny"].network, models["tiny"].codec, ["a"],
+                                                        Sampling(max_tokens=tokens), 1)
+
     for number in range(8):
-        engine.submit(Job(models["tiny"], ["a"], Sampling(max_tokens=1 + 5 * (8 - number)), 1,
-                          lambda item, number=number: emit(number, item)))
+        engine.submit(Job(work(1 + 5 * (8 - number)), lambda item, number=number: emit(number, item)))
     for _ in range(8):
         assert finished.acquire(timeout=20)
     assert done == list(range(8))
     engine.close()
     with pytest.raises(Busy):
-        engine.submit(Job(models["tiny"], ["a"], Sampling(), 1, lambda item: None))
+        engine.submit(Job(work(1), lambda item: None))
 
 
 def test_a_failing_request_is_answered_and_does_not_end_the_server(models: dict[str, Model]) -> None:

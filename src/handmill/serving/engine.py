@@ -2,11 +2,9 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-
-from handmill.families.autoregressive import Piece, Sampling, generate
-from handmill.folder import Model
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,21 +16,28 @@ class Limits:
     max_tokens: int = 4096  # new tokens a sample
     stops: int = 16  # stop strings
     body: int = 1_000_000  # bytes of a request
+    images: int = 64  # n of one request
+    evaluations: int = 1000  # of a diffusion network, an image
+    work: int = 20_000  # images times evaluations of one request; guidance counts twice
 
 
 class Busy(Exception):
     """The queue is full."""
 
 
+class Dropped(Exception):
+    """What a job's work may raise once `dropped()` says that nobody waits for it."""
+
+
 @dataclass(eq=False)
 class Job:
-    """A request. The worker calls `emit` with pieces, with an exception, and with None at the end."""
+    """A request. The worker hands what `work(dropped)` yields to `emit`, then an exception if there was one, then None.
 
-    model: Model
-    prompts: list[str]
-    sampling: Sampling
-    seed: int
-    emit: Callable[[Piece | Exception | None], None]
+    `dropped()` says whether the work may end: it is asked between results, and may be asked within.
+    """
+
+    work: Callable[[Callable[[], bool]], Iterable[Any]]
+    emit: Callable[[Any], None]
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -59,7 +64,7 @@ class Engine:
             self.changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Drop a job: at once from the queue, after the token being made where it is being answered."""
+        """Drop a job: at once from the queue, after the token or step being made where it is being answered."""
         with self.changed:
             job.cancelled.set()
             if job not in self.jobs:
@@ -68,7 +73,7 @@ class Engine:
         job.emit(None)
 
     def close(self) -> None:
-        """Stop taking jobs, drop those that wait, and let the worker end after the token being made."""
+        """Stop taking jobs, drop those that wait, and let the worker end after the token or step being made."""
         with self.changed:
             self.closed = True
             self.changed.notify()
@@ -86,12 +91,16 @@ class Engine:
             self._answer(job)
 
     def _answer(self, job: Job) -> None:
+        def dropped() -> bool:
+            return job.cancelled.is_set() or self.closed
+
         try:
-            network, codec = job.model.network, job.model.codec
-            for piece in generate(network, codec, job.prompts, job.sampling, job.seed):
-                if job.cancelled.is_set() or self.closed:
+            for result in job.work(dropped):
+                if dropped():
                     break
-                job.emit(piece)
+                job.emit(result)
+        except Dropped:
+            pass
         except Exception as error:  # one failed request must not end the worker
             job.emit(error)
         job.emit(None)

@@ -1,42 +1,33 @@
-"""An exported .onnx file called as the network is: logits, state = runtime(tokens, state).
+"""Exported .onnx files called as the networks they come from are, on the CPU.
 
-B batch, T new positions, P past positions, K key/value heads, D head width, V vocabulary.
+B batch, T new positions, P past positions, K key/value heads, D head width, V vocabulary, C channels, *S space,
+*L the latent's shape.
 """
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from handmill import recipe as recipes
 from handmill.errors import UserError, optional
-from handmill.export.onnx import cache_names
+from handmill.export.onnx_decoder import cache_names
+from handmill.networks import autoencoder
 from handmill.networks.decoder import Decoder, Settings, State
 
 
 class Runtime:
-    """An ONNX Runtime session on the CPU, with as many threads as torch has."""
+    """An autoregressive model: logits, state = runtime(tokens, state)."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open `folder`, which `handmill export --to onnx` wrote. Raises UserError when it cannot be read."""
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some builds report their use; read on import
-        runtime = optional("onnxruntime", "onnx")
-        file = folder / "model.onnx"
-        try:
-            about = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-            self.settings: Settings = recipes.build(Settings, about["network"], "network")
-            options = runtime.SessionOptions()
-            options.intra_op_num_threads = torch.get_num_threads()
-            self.session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _broken(folder, error) from None
-        except Exception as error:
-            if not type(error).__module__.startswith("onnxruntime"):  # its errors share no public base class
-                raise
-            raise _broken(file, error) from None
-        self.name = f"onnxruntime {runtime.__version__}"
+    device = torch.device("cpu")
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        self.settings: Settings = recipes.build(Settings, about["network"], "network")
+        self.graph = Graph(folder / "model.onnx")
         self.outputs = ["logits", *cache_names(self.settings.layers, "present")]
 
     padded = staticmethod(Decoder.padded)
@@ -51,9 +42,105 @@ class Runtime:
             past = (torch.zeros(batch, s.key_heads, 0, s.head_width),) * (2 * s.layers)  # (B, K, 0, D)
         inputs = dict(zip(cache_names(s.layers, "past"), past, strict=True)) | {"tokens": tokens}
         inputs["padding"] = torch.zeros(batch, dtype=torch.long) if padding is None else padding
-        arrays = {name: value.contiguous().numpy() for name, value in inputs.items()}
-        logits, *present = map(torch.from_numpy, self.session.run(self.outputs, arrays))
+        logits, *present = self.graph(inputs, self.outputs)
         return logits, State(tuple(present[:s.layers]), tuple(present[s.layers:]), padding)  # (B, T, V)
+
+
+class DenoiserGraph:
+    """A diffusion model: the denoiser itself, D = runtime(x, sigma, condition)."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        self.graph, self.no_label = Graph(folder / "denoiser.onnx"), int(about["no_label"])
+
+    def __call__(self, x: Tensor, sigma: Tensor | float, condition: Mapping[str, Tensor]) -> Tensor:
+        """As Denoiser: x (B, C, *S) to D (B, C, *S) in the dtype of x; sigma (B,) or one for all."""
+        inputs = {"x": x.float(), "sigma": torch.as_tensor(sigma, dtype=torch.float32).expand(len(x))}
+        (denoised,) = self.graph(inputs | _label(self.graph, condition, len(x), self.no_label))
+        return denoised.to(x.dtype)
+
+
+class AutoencoderGraphs:
+    """A variational model: what families.variational needs to make samples of it."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        self.settings: autoencoder.Settings = recipes.build(autoencoder.Settings, about["network"], "network")
+        self.decoder, self.no_label = Graph(folder / "decoder.onnx"), int(about["no_label"])
+        self.latent_shape, self.likelihood = tuple(about["shape"]), about["objective"]["likelihood"]
+        self.quantiser = None if self.settings.bottleneck == "gaussian" else self.settings.bottleneck
+
+    def images(self, z: Tensor, likelihood: str, condition: Mapping[str, Tensor]) -> Tensor:
+        """As Autoencoder.images: z (B, *L) to images (B, C, *S) in [-1, 1]."""
+        assert likelihood == self.likelihood, (likelihood, self.likelihood)
+        (images,) = self.decoder({"latent": z.float()} | _label(self.decoder, condition, len(z), self.no_label))
+        return images
+
+
+class Graph:
+    """An ONNX Runtime session with as many threads as torch has; called with tensors by name, it returns tensors."""
+
+    def __init__(self, file: Path) -> None:
+        """Open a file. Raises UserError when it cannot be read."""
+        runtime = _package()
+        try:
+            options = runtime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            self.session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            if not type(error).__module__.startswith("onnxruntime"):  # its errors share no public base class
+                raise
+            raise _broken(file, error) from None
+        self.inputs = [entry.name for entry in self.session.get_inputs()]
+
+    def __call__(self, inputs: Mapping[str, Tensor], outputs: list[str] | None = None) -> tuple[Tensor, ...]:
+        """The `outputs` asked for, or all of them, on the CPU."""
+        arrays = {name: value.contiguous().cpu().numpy() for name, value in inputs.items()}
+        return tuple(map(torch.from_numpy, self.session.run(outputs, arrays)))
+
+
+def load(folder: Path) -> Runtime | DenoiserGraph | AutoencoderGraphs:
+    """What is exported in `folder`, called as its network is. Raises UserError when it cannot be read."""
+    about = read(folder)
+    try:
+        match about.get("family", "autoregressive"):
+            case "diffusion":
+                return DenoiserGraph(folder, about)
+            case "variational":
+                return AutoencoderGraphs(folder, about)
+        return Runtime(folder, about)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _broken(folder, error) from None
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The values of export.json. Raises UserError when it cannot be read."""
+    try:
+        about: dict[str, Any] = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        if not isinstance(about, dict):
+            raise TypeError("export.json is not a table")
+    except (OSError, ValueError, TypeError) as error:
+        raise _broken(folder, error) from None
+    return about
+
+
+def name() -> str:
+    """The runtime and its version. Raises UserError without the onnx extra."""
+    return f"onnxruntime {_package().__version__}"
+
+
+def _package() -> Any:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some builds report their use; read on import
+    return optional("onnxruntime", "onnx")
+
+
+def _label(graph: Graph, condition: Mapping[str, Tensor], batch: int, null: int) -> dict[str, Tensor]:
+    """The label (B,) where the graph takes one; without one in the condition, none asked for."""
+    if "label" not in graph.inputs:
+        return {}
+    return {"label": condition.get("label", torch.full((batch,), null))}
 
 
 def _broken(path: Path, error: Exception) -> UserError:

@@ -1,7 +1,7 @@
 """The page at /docs: what the OpenAPI description says, as one HTML file that loads nothing from anywhere."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -10,20 +10,30 @@ _STYLE = ("body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem a
           "pre{background:#8882;padding:.8rem;overflow:auto}code{font-size:.95em}")
 
 
-def render(schema: dict[str, Any], models: Sequence[str], base: str) -> str:
-    """The page for an OpenAPI description, the names of the models served, and the server's address."""
+# endpoint -> the medium it is for, and a request of it
+_EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "/v1/completions": ("text", {"prompt": "", "max_tokens": 100, "seed": 1}),
+    "/v1/images/generations": ("image", {"prompt": "", "n": 1, "seed": 1})}
+
+
+def render(schema: dict[str, Any], models: Mapping[str, str], base: str) -> str:
+    """The page for an OpenAPI description, the models served with what each makes, and the server's address."""
     parts = ["<!doctype html><html lang=en><meta charset=utf-8><title>Handmill</title>",
              f"<style>{_STYLE}</style>",
              f"<h1>Handmill {escape(schema['info']['version'])}</h1>",
-             f"<p>Models: {', '.join(f'<code>{escape(name)}</code>' for name in models)}. ",
+             f"<p>Models: {', '.join(f'<code>{escape(n)}</code> ({medium})' for n, medium in models.items())}. ",
              "The description for programs is <a href=/openapi.json>/openapi.json</a>.</p>"]
     for path, methods in schema["paths"].items():
+        medium, request = _EXAMPLES.get(path, ("", {}))
+        asked = next((name for name, makes in models.items() if makes == medium), None)
+        if medium and asked is None:
+            continue  # no model here could answer
         for method, operation in methods.items():
             parts.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2>"
                          f"<p>{escape(operation['summary'])}.</p>")
             reference = _body(operation)
             if reference:
-                parts.append(_example(base.rstrip("/") + path, models[0]))
+                parts.append(_example(base.rstrip("/") + path, {"model": asked} | request))
                 parts.append(_fields(schema["components"]["schemas"], reference))
     return "\n".join(parts)
 
@@ -35,9 +45,8 @@ def _body(operation: dict[str, Any]) -> str:
     return reference.rpartition("/")[2]
 
 
-def _example(address: str, model: str) -> str:
-    body = json.dumps({"model": model, "prompt": "", "max_tokens": 100, "seed": 1})
-    lines = f"curl -s {address} \\\n  -H 'Content-Type: application/json' \\\n  -d '{body}'"
+def _example(address: str, request: dict[str, Any]) -> str:
+    lines = f"curl -s {address} \\\n  -H 'Content-Type: application/json' \\\n  -d '{json.dumps(request)}'"
     return f"<pre>{escape(lines)}</pre>"
 
 

@@ -16,8 +16,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def serve(paths: Sequence[Path | str], host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve model folders until interrupted; a model's name is its folder's. Port 0 takes a free one.
 
-    Raises UserError when a folder does not load or does not repeat the greedy tokens in its receipt, when two
-    have one name, and when the port is in use.
+    Raises UserError when a folder does not load, does not answer as its receipt says or makes nothing by itself, when
+    two have one name, and when the port is in use.
     """
     optional("fastapi", "serve")
     uvicorn = optional("uvicorn", "serve")
@@ -54,8 +54,11 @@ def load(paths: Sequence[Path | str]) -> dict[str, Model]:
 def verify(model: Model) -> None:
     """Compare the loaded network with the answer that training left in the receipt, where it did.
 
-    Raises UserError when they differ.
+    Raises UserError when they differ, and for an autoencoder of codes, which makes nothing by itself.
     """
+    if model.recipe.family == "variational" and model.recipe.network.bottleneck != "gaussian":
+        raise UserError(f"{model.path} is an autoencoder of codes, which has nothing to draw them from: serve a model "
+                        "that was trained on its codes")
     if not families.faithful(model.network, model.recipe, model.receipt["training"].get("witness", {})):
         raise UserError(f"{model.path} does not answer as its receipt says the trained network did, so it "
                         "is not served: copy the folder again from where it was made, or train again")
