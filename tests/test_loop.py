@@ -76,8 +76,8 @@ def test_the_loss_is_the_mean_over_tokens_not_over_micro_batches(tmp_path: Path)
     still = AdamW([{"params": list(network.parameters()), "peak": 0.0}], lr=0.0)
     phase = Phase("network", network, loss, lambda b: int(b[:, 0].sum()), [still])
     network.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))  # type: ignore[union-attr]
-    task = Task([phase], lambda p: torch.stack((lengths[p % 4], torch.from_numpy(p) % 4), 1), lambda m: {"loss": 0.0, "items": 1.0},
-                lambda m: "", 1, 1.0)
+    task = Task([phase], lambda p: torch.stack((lengths[p % 4], torch.from_numpy(p) % 4), 1),
+                lambda m: {"loss": 0.0, "items": 1.0}, lambda m: "", 1, 1.0)
     training = replace(TRAINING, batch=4, clip=0.0, ema=0.0)
     run_of(task, training, tmp_path, micro_batch=1).phase_step(phase, np.arange(4))
     mask = torch.arange(5) < lengths[:, None]

@@ -17,32 +17,33 @@ def verdict(result: dict[str, Any]) -> dict[str, Any]:
     `good` is true only where precision, recall, density and coverage are shown to reach ENOUGH of the floor's, where
     samples show the class asked for as often in proportion, and where no copying is shown.
     """
-    alike, words = _alike(result["fidelity"])
-    obeys, said = _obeys(result["labels"])
+    what = result["samples"]["what"]
+    alike, words = _alike(result["fidelity"], what)
+    obeys, said = _obeys(result["labels"], what)
     copies, told = _copies(result["copying"])
     known = [value for value in (alike, obeys, None if copies is None else not copies) if value is not None]
     return {"text": "; ".join(part for part in (words, said, told) if part), "like_real": alike, "obeys": obeys,
             "copies": copies, "good": alike is True and all(known)}
 
 
-def _alike(fidelity: dict[str, Any]) -> tuple[bool | None, str]:
+def _alike(fidelity: dict[str, Any], what: str) -> tuple[bool | None, str]:
     if "missing" in fidelity:
         return None, f"likeness {fidelity['missing']}"
     short = [name for name in _TELLING
              if (fidelity["generated"][name]["low"] or 0.0) < ENOUGH * fidelity["floor"][name]["value"]]
     if not short:
-        return True, f"reaches {ENOUGH:.0%} of what real images reach in {', '.join(_TELLING)}"
+        return True, f"{what} reach {ENOUGH:.0%} of what real images reach in {', '.join(_TELLING)}"
     worst = min(short, key=lambda name: fidelity["generated"][name]["value"] / (fidelity["floor"][name]["value"] or 1))
-    return False, (f"falls short of real images in {', '.join(short)} (worst: {worst} "
+    return False, (f"{what} fall short of real images in {', '.join(short)} (worst: {worst} "
                    f"{fidelity['generated'][worst]['value']:.3f} against {fidelity['floor'][worst]['value']:.3f})")
 
 
-def _obeys(labels: dict[str, Any]) -> tuple[bool | None, str]:
+def _obeys(labels: dict[str, Any], what: str) -> tuple[bool | None, str]:
     agreement, ceiling = labels.get("agreement"), labels.get("ceiling")
     if not agreement or not ceiling:
         return None, ""
     enough = agreement["low"] >= ENOUGH * ceiling["value"]
-    return enough, f"{agreement['value']:.1%} of samples are seen as the class asked for"
+    return enough, f"{agreement['value']:.1%} of {what} are seen as the class they should be of"
 
 
 def _copies(copying: dict[str, Any]) -> tuple[bool | None, str]:
