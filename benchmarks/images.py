@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/images"))
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--samples", type=int, default=5000)
+    parser.add_argument("--compare", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     data = [f"data.paths={json.dumps([str(args.train.resolve())])}",
             f"data.test_paths={json.dumps([str(args.test.resolve())])}"]
@@ -68,6 +69,8 @@ def main() -> None:
         images = 10_000 if name == "vae" else 500
         checked = handmill("check", path, f"samples={args.samples}", f"images={images}")
         append("images", row(name, path, seconds, checked))
+    if not args.compare:
+        return
     made = [args.runs / name for name in COMPARED if (args.runs / name / "receipt.json").exists()]
     if len(made) > 1:
         handmill("compare", *made, "--out", args.runs / "compare")

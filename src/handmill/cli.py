@@ -20,7 +20,7 @@ def new(args: argparse.Namespace) -> None:
 
     if args.recipe is None:
         for name in recipes.shipped_names():
-            print(f"{name:12s} {(recipes.SHIPPED / (name + '.toml')).read_text(encoding='utf-8').splitlines()[0][2:]}")
+            print(f"{name:21s}{(recipes.SHIPPED / (name + '.toml')).read_text(encoding='utf-8').splitlines()[0][2:]}")
         return
     out = new(args.recipe, args.files, args.out or Path(f"{args.name or args.recipe}.toml"), args.name)
     print(f"wrote {out}; next: handmill train {out}")

@@ -21,7 +21,9 @@ def draw(ground: Any, made: NDArray[np.uint8], asked: NDArray[np.int64], copying
     """Write what can be drawn of this model; {what: file, from the model folder on}."""
     found: dict[str, NDArray[np.uint8]] = {}
     if len(made):
-        found["samples"] = pictures.grid(made[_some_of_each(asked)])
+        chosen = _some_of_each(asked)
+        rows = len(np.unique(asked[chosen]))
+        found["samples"] = pictures.grid(made[chosen], columns=len(chosen) // rows if rows > 1 else 0)
         found["held out"] = pictures.grid(ground.real[np.linspace(0, len(ground.real) - 1, SHOWN).astype(int)])
     if "by" in copying:
         found["nearest training images"] = nearest(ground, made, copying["by"]["pixels"]["pairs"])
@@ -44,10 +46,12 @@ def nearest(ground: Any, made: NDArray[np.uint8], pairs: list[Any]) -> NDArray[n
 
 
 def _some_of_each(asked: NDArray[np.int64]) -> NDArray[np.int64]:
-    """SHOWN samples, the classes in equal shares and in turn."""
-    order = np.argsort(asked, kind="stable")
-    kept = order[np.linspace(0, len(order) - 1, min(SHOWN, len(order))).astype(int)]
-    return np.asarray(kept, np.int64)
+    """About SHOWN samples: the first of each class, equally many, in rows; of one class all in about a square."""
+    each = [np.flatnonzero(asked == number) for number in np.unique(asked)]
+    if len(each) == 1:
+        return each[0][:SHOWN]
+    count = min(max(1, SHOWN // len(each)), min(map(len, each)))
+    return np.concatenate([places[:count] for places in each])
 
 
 @torch.inference_mode()

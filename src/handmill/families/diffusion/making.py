@@ -25,7 +25,7 @@ class Sampling:
     """The [sampling] table: how noise is made into a sample."""
 
     sampler: Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "unipc"] = "dpmpp_2m"
-    steps: int = 20  # of the sampler; each evaluates the network once, with heun twice
+    steps: int = 10  # of the sampler; each evaluates the network once, with heun twice; more gained nothing measurable
     grid: Literal["auto", "karras", "ddpm", "flow", "logsnr"] = "auto"  # where the steps lie; auto: by the schedule
     eta: float = 0.0  # fresh noise of ddim, as a share of DDPM's
     guidance: float = 1.0  # classifier-free; 1: none, and half the work
