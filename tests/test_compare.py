@@ -215,7 +215,7 @@ def test_what_is_stale_is_checked_with_the_settings_of_the_first(runs, tmp_path,
 
     monkeypatch.setattr(verb.checking, "check", check)
     result = compare(runs, tmp_path / "out")
-    assert asked == [(name, {"samples": 64, "images": 500, "importance": 64, "neighbours": 3})
+    assert asked == [(name, {"samples": 64, "importance": 64, "neighbours": 3})
                      for name in ("unet", "latents")]
     said = capsys.readouterr().out
     assert "unet is checked with samples = 2000, not 64: handmill check" in said

@@ -49,7 +49,7 @@ def test_a_model_is_checked(models: dict[str, Path], name: str) -> None:
     told = "\n".join(lines(result))
     for word in ("coverage", "recall", "verdict:", "real images", "fd_cnn64-"):
         assert word in told
-    assert result["fidelity"]["n"] == 24
+    assert result["fidelity"]["n"] == 18  # half of the 36 that neither the model nor the features have seen
     for figure in (*result["fidelity"]["generated"].values(), *result["fidelity"]["floor"].values()):
         assert figure["low"] <= figure["value"] <= figure["high"]
     likelihood = result["likelihood"]
@@ -124,7 +124,7 @@ def test_a_model_used_as_a_codec_moves_along(models: dict[str, Path], tmp_path: 
         folder.load(moved)
 
 
-@pytest.mark.parametrize("name", [*MAKERS, "vq"])
+@pytest.mark.parametrize("name", MAKERS)
 def test_a_changed_network_is_not_served(models: dict[str, Path], name: str) -> None:
     model = folder.load(models[name])
     verify(model)
