@@ -19,7 +19,6 @@ from handmill.checks.image_verdict import lines, verdict
 from handmill.data.images import Images
 from handmill.data.items import Items
 from handmill.data.order import draw as number
-from handmill.errors import UserError
 from handmill.families import tensors, variational
 from handmill.folder import Model
 from handmill.media.pictures import to_uint8
@@ -113,15 +112,7 @@ def _ground(model: Model, settings: Settings, progress: bool) -> Ground:
 
 def training_split(model: Model) -> Images | None:
     """The prepared data that the model was trained on, where they still lie beside the model folder."""
-    fingerprint = model.receipt.get("training", {}).get("fingerprint")
-    if not isinstance(fingerprint, str) or not fingerprint.isalnum():
-        return None
-    prepared = model.path.resolve().parent / ".prepared" / fingerprint
-    try:
-        images = Images.open(prepared) if prepared.is_dir() else None
-        return images if images is not None and images.fingerprint == fingerprint and images.complete() else None
-    except UserError:
-        return None  # a copy cut short: as good as none
+    return Images.beside(model.path, model.receipt.get("training", {}).get("fingerprint"))
 
 
 def _classifier(model: Model, training: Images | None, progress: bool) -> features.Classifier | None:

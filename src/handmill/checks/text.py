@@ -123,16 +123,8 @@ def carry(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
 
 
 def training_split(model: Model) -> Packed | None:
-    """The prepared data that the model was trained on, where it still lies beside the model folder."""
-    fingerprint = model.receipt.get("training", {}).get("fingerprint")
-    if not isinstance(fingerprint, str) or not fingerprint.isalnum():
-        return None
-    prepared = model.path.resolve().parent / ".prepared" / fingerprint
-    try:
-        packed = Packed.open(prepared) if prepared.is_dir() else None
-    except UserError:
-        return None  # a copy cut short: as good as none
-    return packed if packed is not None and packed.fingerprint == fingerprint else None
+    """The prepared data that the model was trained on, where they still lie beside the model folder."""
+    return Packed.beside(model.path, model.receipt.get("training", {}).get("fingerprint"))
 
 
 def _ground(model: Model, settings: Settings, progress: bool) -> _Ground:

@@ -28,7 +28,8 @@ from handmill.data.decoding import Decoded, Payload, Pixels, Refused, decode
 from handmill.data.duplicates import Hashes, mix
 from handmill.data.image_copies import Copies
 from handmill.data.image_files import Given, Item, Notes
-from handmill.data.images import FORMAT, Images, write_json, write_split
+from handmill.data.images import FORMAT, Images, write_split
+from handmill.data.prepared import write_json
 from handmill.data.progress import Bar
 from handmill.data.splits import NAMES, Parts
 from handmill.data.staging import staged

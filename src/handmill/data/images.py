@@ -8,9 +8,7 @@
     contact.png                     some of the images, class by class
 """
 
-import json
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import numpy as np
 
 from handmill.data.corpus import Ints
 from handmill.data.decoding import Pixels
+from handmill.data.prepared import Prepared, read_json, write_json
 from handmill.data.splits import NAMES
 from handmill.errors import UserError
 
@@ -25,12 +24,11 @@ FORMAT = "handmill-images/1"
 _BLOCK = 1 << 24  # bytes copied at once
 
 
-class Images:
+class Images(Prepared):
     """Prepared images. Opening them reads data.json and nothing else."""
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        self.folder, self.about = folder, about
-        self.fingerprint: str = about["fingerprint"]
+        super().__init__(folder, about)
         self.shape: tuple[int, int, int] = tuple(about["shape"])  # H, W, C
         self.classes: tuple[str, ...] = tuple(about["classes"])
 
@@ -38,20 +36,12 @@ class Images:
     def open(cls, folder: Path | str) -> "Images":
         """Open a prepared folder. A split's files may be missing until they are asked for. Raises UserError."""
         folder = Path(folder)
-        about = _read_json(folder / "data.json")
+        about = read_json(folder / "data.json")
         if about.get("format") != FORMAT:
             raise UserError(f"{folder / 'data.json'} is not of the format {FORMAT}: prepare the data again")
         if not _is_whole(about):
             raise UserError(f"{folder / 'data.json'} does not say what each split holds: prepare the data again")
         return cls(folder, about)
-
-    @cached_property
-    def report(self) -> dict[str, Any]:
-        return _read_json(self.folder / "report.json")
-
-    @cached_property
-    def manifest(self) -> dict[str, Any]:
-        return _read_json(self.folder / "manifest.json")
 
     def count(self, split: str) -> int:
         """How many images a split has."""
@@ -108,7 +98,7 @@ class Images:
         if not self.count(split):
             return []
         file = self.folder / f"{split}.json"
-        texts = _read_json(file).get(key)
+        texts = read_json(file).get(key)
         if not isinstance(texts, list) or len(texts) != self.count(split):
             raise UserError(f"{file} does not hold {self.count(split):,} {key}: prepare the data again")
         return texts
@@ -135,9 +125,6 @@ def write_split(folder: Path, name: str, pixels: Pixels, chosen: Ints, labels: I
     write_json(folder / f"{name}.json", texts)
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
 
 def _is_whole(about: dict[str, Any]) -> bool:
     splits, shape, classes = about.get("splits"), about.get("shape"), about.get("classes")
@@ -145,15 +132,3 @@ def _is_whole(about: dict[str, Any]) -> bool:
         isinstance(splits.get(name), dict) and type(splits[name].get("images")) is int for name in NAMES)
     shaped = isinstance(shape, list) and len(shape) == 3 and all(type(side) is int for side in shape)
     return counted and shaped and isinstance(classes, list) and isinstance(about.get("fingerprint"), str)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: name a whole folder of prepared images") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): prepare the data again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a table: prepare the data again")
-    return value

@@ -7,15 +7,14 @@
     manifest.json  report.json     the sources, and what was found in them
 """
 
-import json
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from handmill.data.corpus import Ints
+from handmill.data.prepared import Prepared, read_json
 from handmill.data.splits import NAMES
 from handmill.errors import UserError
 from handmill.media.tokenizers import Tokenizer, Tokens, load
@@ -23,32 +22,20 @@ from handmill.media.tokenizers import Tokenizer, Tokens, load
 FORMAT = "handmill-data/1"
 
 
-class Packed:
+class Packed(Prepared):
     """A prepared corpus. Opening it reads data.json and nothing else."""
-
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        self.folder, self.about = folder, about
-        self.fingerprint: str = about["fingerprint"]
 
     @classmethod
     def open(cls, folder: Path | str) -> "Packed":
         """Open a prepared folder. A split's file may be missing until it is asked for. Raises UserError."""
         folder = Path(folder)
-        about = _read_json(folder / "data.json")
+        about = read_json(folder / "data.json")
         if about.get("format") != FORMAT or about.get("dtype") not in ("uint16", "uint32"):
             raise UserError(f"{folder / 'data.json'} is not of the format {FORMAT}: prepare the data again")
         splits = about.get("splits")
         if not isinstance(splits, dict) or not all(_counted(splits.get(name)) for name in NAMES):
             raise UserError(f"{folder / 'data.json'} does not say what each split holds: prepare the data again")
         return cls(folder, about)
-
-    @cached_property
-    def report(self) -> dict[str, Any]:
-        return _read_json(self.folder / "report.json")
-
-    @cached_property
-    def manifest(self) -> dict[str, Any]:
-        return _read_json(self.folder / "manifest.json")
 
     def count(self, split: str) -> int:
         """How many tokens a split has."""
@@ -137,19 +124,3 @@ def write_split(folder: Path, split: str, codec: Tokenizer,
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(places))
         file.write(places.data)  # np.save's own writing hides why it failed
     return about
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: name a whole folder of prepared data") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): prepare the data again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a table: prepare the data again")
-    return value

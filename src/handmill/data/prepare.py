@@ -18,7 +18,8 @@ import numpy as np
 from handmill.data import duplicates, overlap, splits
 from handmill.data.corpus import Corpus, Ints, Tick
 from handmill.data.ingest import ingest
-from handmill.data.packed import FORMAT, Packed, write_json, write_split
+from handmill.data.packed import FORMAT, Packed, write_split
+from handmill.data.prepared import write_json
 from handmill.data.progress import Bar
 from handmill.data.report import compose
 from handmill.data.sources import Source, find

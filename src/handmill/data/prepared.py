@@ -1,0 +1,62 @@
+"""What prepared data of every medium have: a folder, its tables in JSON, and where training left it."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from handmill.errors import UserError
+
+
+class Prepared:
+    """A prepared folder: data.json (given as `about`), report.json, manifest.json, and files for each split."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self.folder, self.about = folder, about
+        self.fingerprint: str = about["fingerprint"]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Self:
+        """Open a prepared folder. Raises UserError."""
+        raise NotImplementedError(cls.__name__)
+
+    def complete(self) -> bool:
+        """Whether every file is there in its size."""
+        raise NotImplementedError(type(self).__name__)
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        return read_json(self.folder / "report.json")
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        return read_json(self.folder / "manifest.json")
+
+    @classmethod
+    def beside(cls, path: Path, fingerprint: Any) -> Self | None:
+        """The data of that fingerprint that training kept beside the model folder `path`; None where they are gone."""
+        if not isinstance(fingerprint, str) or not fingerprint.isalnum():
+            return None
+        folder = path.resolve().parent / ".prepared" / fingerprint
+        try:
+            found = cls.open(folder) if folder.is_dir() else None
+            return found if found is not None and found.fingerprint == fingerprint and found.complete() else None
+        except UserError:
+            return None  # a copy cut short: as good as none
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A table in JSON. Raises UserError when it is missing or none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: name a whole folder of prepared data") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): prepare the data again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a table: prepare the data again")
+    return value
