@@ -68,6 +68,12 @@ class Ground(NamedTuple):
         """The held-out images (N, H, W, C)."""
         return np.array(self.held.images(self.split))
 
+    def items(self) -> Items:
+        """The held-out images as a network of pixels reads them."""
+        height, width, channels = self.held.shape
+        pixels = Pixels((channels, height, width), self.held.classes, 1.0)
+        return Items(self.held, self.split, pixels, self.model.recipe.data, self.seed)
+
 
 def run(model: Model, settings: Settings, progress: bool = True) -> dict[str, Any]:
     """Check a model on its held-out images; draws into samples/ of its folder and returns the figures.
@@ -158,21 +164,15 @@ def _asked(ground: Ground, count: int) -> NDArray[np.int64]:
 
 
 def _reconstructed(ground: Ground, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    model, batch = ground.model, _items(ground).first(count)
+    model, batch = ground.model, ground.items().first(count)
     condition = {"label": batch["label"].to(model.device)} if model.codec.classes else {}
     again = variational.reconstruct(model.network, model.recipe.objective, batch["x"].to(model.device), condition)
     return to_uint8(again), batch["label"].numpy()
 
 
-def _items(ground: Ground) -> Items:
-    height, width, channels = ground.held.shape
-    pixels = Pixels((channels, height, width), ground.held.classes, 1.0)
-    return Items(ground.held, ground.split, pixels, ground.model.recipe.data, ground.seed)
-
-
 def _held_out(ground: Ground) -> dict[str, Any]:
     """Held-out images (N, C, H, W), evenly spread over the split, as the likelihood scores them."""
-    items, count = _items(ground), ground.held.count(ground.split)
+    items, count = ground.items(), ground.held.count(ground.split)
     wanted = min(ground.settings.images or count, count)
     return items.some(np.linspace(0, count - 1, wanted).astype(np.int64))
 

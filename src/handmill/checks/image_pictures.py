@@ -57,9 +57,7 @@ def _some_of_each(asked: NDArray[np.int64]) -> NDArray[np.int64]:
 @torch.inference_mode()
 def _latent(ground: Any) -> dict[str, NDArray[np.uint8]]:
     """Reconstructions, paths between images, and what the units of the latent do."""
-    from handmill.checks.image import _items
-
-    model, batch = ground.model, _items(ground).first(4 * ROW)
+    model, batch = ground.model, ground.items().first(4 * ROW)
     x = batch["x"].to(model.device)
     condition = {"label": batch["label"].to(model.device)} if model.codec.classes else {}
     network, objective = model.network, model.recipe.objective

@@ -70,8 +70,8 @@ def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Images:
     found = image_files.find(recipe.data, cache)
     mark = fingerprint(recipe, found)
     folder = cache / mark
-    if not _whole(folder):
-        with staged(folder, _whole, "about three times the size of the images as raw pixels") as work:
+    if not Images.whole(folder):
+        with staged(folder, Images.whole, "about three times the size of the images as raw pixels") as work:
             _make(recipe, found, mark, work, progress)
     return Images.open(folder)
 
@@ -82,13 +82,6 @@ def fingerprint(recipe: Recipe, found: list[Given]) -> str:
     parts = [FORMAT, settings, recipe.seed,
              [(given.test, source.name, source.bytes, source.modified) for given in found for source in given.sources]]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def _whole(folder: Path) -> bool:
-    try:
-        return Images.open(folder).complete()
-    except UserError:
-        return False
 
 
 def _make(recipe: Recipe, found: list[Given], mark: str, work: Path, progress: bool) -> None:

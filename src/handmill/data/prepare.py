@@ -25,7 +25,6 @@ from handmill.data.report import compose
 from handmill.data.sources import Source, find
 from handmill.data.splits import Parts
 from handmill.data.staging import staged
-from handmill.errors import UserError
 from handmill.media import tokenizers
 from handmill.media.tokenizers import Tokenizer
 from handmill.recipe import Recipe
@@ -41,8 +40,8 @@ def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Packed:
     sources = find(recipe.data.paths, cache)
     mark = fingerprint(recipe, sources)
     folder = cache / mark
-    if not _whole(folder):
-        with staged(folder, _whole, ROOM) as work:
+    if not Packed.whole(folder):
+        with staged(folder, Packed.whole, ROOM) as work:
             _make(recipe, sources, mark, work, progress)
     return Packed.open(folder)
 
@@ -52,13 +51,6 @@ def fingerprint(recipe: Recipe, sources: list[Source]) -> str:
     parts = [FORMAT, dataclasses.asdict(recipe.data), dataclasses.asdict(recipe.codec), recipe.seed,
              [(source.name, source.bytes, source.modified) for source in sources]]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def _whole(folder: Path) -> bool:
-    try:
-        return Packed.open(folder).complete()
-    except UserError:
-        return False
 
 
 def _make(recipe: Recipe, sources: list[Source], mark: str, work: Path, progress: bool) -> None:

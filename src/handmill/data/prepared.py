@@ -33,16 +33,21 @@ class Prepared:
         return read_json(self.folder / "manifest.json")
 
     @classmethod
+    def whole(cls, folder: Path) -> bool:
+        """Whether the folder holds prepared data, complete."""
+        try:
+            return cls.open(folder).complete()
+        except UserError:
+            return False
+
+    @classmethod
     def beside(cls, path: Path, fingerprint: Any) -> Self | None:
         """The data of that fingerprint that training kept beside the model folder `path`; None where they are gone."""
         if not isinstance(fingerprint, str) or not fingerprint.isalnum():
             return None
         folder = path.resolve().parent / ".prepared" / fingerprint
-        try:
-            found = cls.open(folder) if folder.is_dir() else None
-            return found if found is not None and found.fingerprint == fingerprint and found.complete() else None
-        except UserError:
-            return None  # a copy cut short: as good as none
+        found = cls.open(folder) if cls.whole(folder) else None  # a copy cut short is as good as none
+        return found if found is not None and found.fingerprint == fingerprint else None
 
 
 def write_json(path: Path, value: Any) -> None:
