@@ -330,7 +330,8 @@ def test_other_shapes_are_refused_with_the_settings_to_change(network: dict[str,
 
 
 def test_held_out_text_is_compared_where_the_folder_has_it(tmp_path: Path) -> None:
-    from handmill.data.packed import FORMAT, write_json, write_split
+    from handmill.data.packed import FORMAT, write_split
+    from handmill.data.prepared import write_json
 
     model = tiny.load(tmp_path / "model", network=tiny.LLAMA)
     assert verb.held_out(model)[1] == "random tokens"
