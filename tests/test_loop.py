@@ -42,7 +42,7 @@ def run_of(task: Task, training: Training, folder: Path, **choices: object) -> R
 
 def everything(run: Run) -> dict[str, Tensor]:
     """Every tensor that the next step depends on."""
-    return {f"{part}/{k}": v.clone() for part, tensors in run.parts().items() for k, v in tensors.items()}
+    return {f"{part}/{k}": v.clone() for part, tensors in run.tensors().items() for k, v in tensors.items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -68,9 +68,9 @@ def test_the_loss_is_the_mean_over_tokens_not_over_micro_batches(tmp_path: Path)
     data = torch.randn(4, 5, 3)
     lengths = torch.tensor([5, 1, 2, 4])
 
-    def loss(module: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(module: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         mask = torch.arange(5) < batch[:, :1]
-        return (module(data[batch[:, 1]]).squeeze(-1).square() * mask).sum(), mask.sum()
+        return (module(data[batch[:, 1]]).squeeze(-1).square() * mask).sum(), {}
 
     seen: list[Tensor] = []
     still = AdamW([{"params": list(network.parameters()), "peak": 0.0}], lr=0.0)
@@ -113,9 +113,9 @@ def poisoned(task: Task, bad: Callable[[int], bool]) -> Task:
     """The same task whose loss is not a number for the places that `bad` picks."""
     plain, phase = task.batch, task.phases[0]
 
-    def loss(module: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
-        total, count = next_token.loss(module, batch[:, :-1])
-        return total + (float("nan") if batch[:, -1].any() else 0.0), count
+    def loss(module: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        total, told = next_token.loss(module, batch[:, :-1])
+        return total + (float("nan") if batch[:, -1].any() else 0.0), told
 
     phase.loss, phase.count = loss, lambda b: b[:, 1:-1].numel()
     return replace(task, batch=lambda p: torch.cat((plain(p), torch.tensor([[int(bad(int(i)))] for i in p])), 1))

@@ -85,9 +85,9 @@ def test_a_plan_in_the_midst_of_training_leaves_the_optimizers_state(tmp_path: P
     network, task = task_of(recipe)
     runs = [Run(task, recipe.training, 1, tmp_path, CPU, Monitor(tmp_path, quiet=True), Choices())]
     runs[0].step()
-    before = {f"{part}/{k}": v.clone() for part, tensors in runs[0].parts().items() for k, v in tensors.items()}
+    before = {f"{part}/{k}": v.clone() for part, tensors in runs[0].tensors().items() for k, v in tensors.items()}
     plan.make(recipe, network, task, CPU, tmp_path)
-    after = {f"{part}/{k}": v for part, tensors in runs[0].parts().items() for k, v in tensors.items()}
+    after = {f"{part}/{k}": v for part, tensors in runs[0].tensors().items() for k, v in tensors.items()}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
 

@@ -27,11 +27,10 @@ EVALUATED_AT_ONCE = 8192  # tokens
 Source = tuple[Callable[[NDArray[np.int64]], Tensor], Tensor, Callable[[nn.Module], str], Path | None]
 
 
-def loss(network: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the loss over the tokens of `batch` (N, T + 1), and how many there are."""
-    targets = batch[:, 1:]  # (N, T)
-    total, _ = network(batch[:, :-1], targets=targets)
-    return total, torch.tensor(targets.numel())
+def loss(network: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of the loss over the tokens of `batch` (N, T + 1); nothing is told beside it."""
+    total, _ = network(batch[:, :-1], targets=batch[:, 1:])
+    return total, {}
 
 
 def evaluate(network: nn.Module, windows: Tensor) -> dict[str, float]:
@@ -40,8 +39,7 @@ def evaluate(network: nn.Module, windows: Tensor) -> dict[str, float]:
     device = next(network.parameters()).device
     nats, tokens = 0.0, 0
     for batch in mine.split(max(1, EVALUATED_AT_ONCE // windows.shape[1])):
-        total, count = loss(network, batch.to(device))
-        nats, tokens = nats + total.item(), tokens + int(count)
+        nats, tokens = nats + loss(network, batch.to(device))[0].item(), tokens + batch[:, 1:].numel()
     return {"loss": nats, "items": float(tokens)}
 
 

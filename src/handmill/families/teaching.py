@@ -32,9 +32,8 @@ def task(network: Any, codec: Any, prepared: Any, recipe: Recipe, parts: Parts, 
     held_out = Items(prepared, "validation", codec, recipe.data, recipe.seed).first(training.evaluate_items)
     sample, picture = preview
 
-    def loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        each = parts(module, batch, True)["loss"]
-        return each.float().sum(), torch.tensor(each.shape[0])
+    def loss(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return parts(module, batch, True)["loss"].float().sum(), {}
 
     phase = Phase("network", network, loss, lambda batch: len(batch["label"]), optimizers)
     return Task([phase], items.batch, lambda module: evaluate(module, held_out, parts), sample, 1,

@@ -23,8 +23,11 @@ from handmill.errors import UserError
 Tensors = dict[str, Tensor]
 
 
-def save(folder: Path, step: int, parts: dict[str, Tensors], facts: dict[str, Any], keep: int) -> Path:
-    """Write checkpoint `step` of `parts` (file name -> tensors) and `facts` (JSON), and drop all but the newest `keep`.
+def save(folder: Path, step: int, parts: dict[str, Tensors], facts: dict[str, Any], keep: int,
+         kept: int | None = None) -> Path:
+    """Write checkpoint `step` of `parts` (file name -> tensors) and `facts` (JSON).
+
+    All are dropped but the newest `keep` and the one of step `kept`.
 
     Raises UserError when the disk is full or not writable; what was there before is then untouched.
     """
@@ -49,8 +52,16 @@ def save(folder: Path, step: int, parts: dict[str, Tensors], facts: dict[str, An
         _clear(staged)
         raise UserError(_reason(error, folder, step)) from error
     for old in checkpoints(folder)[keep:]:
-        _clear(old)
+        if old.name != f"step-{kept}":
+            _clear(old)
     return final
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, which a run that went back to `step` must not go on from."""
+    for path in checkpoints(folder):
+        if int(path.name[5:]) > step:
+            _clear(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -59,13 +70,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
-def load(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any], list[str]] | None:
+def load(folder: Path, last: int | None = None) -> tuple[dict[str, Tensors], dict[str, Any], list[str]] | None:
     """(parts, facts, sentences about checkpoints passed over) of the newest that verifies; None when there is none.
+
+    With `last`, of the steps up to it.
 
     Raises UserError when there are checkpoints and every one of them is broken.
     """
     passed: list[str] = []
     for path in checkpoints(folder):
+        if last is not None and int(path.name[5:]) > last:
+            continue
         fault = verify(path)
         if fault is None:
             facts: dict[str, Any] = json.loads((path / "facts.json").read_text(encoding="utf-8"))

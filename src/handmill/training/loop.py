@@ -36,14 +36,31 @@ SAMPLE_SHARE = 20  # a sample is followed by at least this many times its own du
 
 @dataclass
 class Phase:
-    """One objective of a step: `loss(module, batch)` gives the sum of the loss and the number of items in the sum."""
+    """One objective of a step: `loss(module, batch, *beside)` gives its sum over the items, and sums of other figures.
+
+    It trains `network` alone; the networks `beside` it are read, and take no gradient meanwhile. A later phase may
+    train the network of an earlier one, by that one's optimizers, every so many steps.
+    """
 
     name: str
     network: nn.Module
-    loss: Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
     count: Callable[[Any], int]  # items that a batch's loss is summed over
     optimizers: list[Optimizer]
     every: int = 1  # steps
+    beside: tuple[nn.Module, ...] = ()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While the block runs, what lies beside the phase's network takes no gradient."""
+        held = [p for network in self.beside for p in network.parameters() if p.requires_grad]
+        for p in held:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in held:
+                p.requires_grad_(True)
 
     def clipped(self) -> list[Tensor]:
         """The parameters whose gradients are slopes, not the sums of a statistic, and count in the gradient's norm."""
@@ -66,6 +83,14 @@ class Task:
     unit: str = "tokens"  # of the items
     measure: str = "nats per token"  # of the loss
     picture: Path | None = None  # the file that `sample` draws into
+    judge: Callable[[list[dict[str, float]]], str] | None = None  # of all evaluations: what went wrong; "": nothing
+    shown: tuple[str, ...] = ()  # parts of an evaluation in the live line
+    compilable: bool = True  # false where a loss takes gradients of gradients
+
+    @property
+    def owners(self) -> list[Phase]:
+        """The first phase of each network. The first network of all is the model; others only help to train it."""
+        return [p for i, p in enumerate(self.phases) if all(p.network is not q.network for q in self.phases[:i])]
 
 
 @dataclass
@@ -89,6 +114,11 @@ class Progress:
     validation: float = float("nan")  # the last one
     best: float = float("inf")  # the lowest validation loss
     best_step: int = 0
+    slowed: float = 1.0  # the rates' factor, halved whenever the run goes back to its best checkpoint
+    history: list[dict[str, float]] = field(default_factory=list)  # of evaluations that are judged
+    sums: dict[str, float] = field(default_factory=dict)  # since the last of them: of the steps' figures,
+    counts: dict[str, int] = field(default_factory=dict)  # and of how many steps
+    faults: list[str] = field(default_factory=list)  # what the judge found
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("train", "evaluate", "save", "sample"), 0.0))
     stopped: bool = False  # early: asked to, or `stop_at` reached
@@ -103,13 +133,16 @@ class Run:
         self.folder, self.device, self.monitor = folder / "checkpoints", device, monitor
         self.choices, self.peak = choices, peak
         self.progress = Progress()
-        self.modules = {p.name: wrap(p.network, choices, device) for p in task.phases}
-        self.averages = {p.name: copied(weights_of(p.network)) for p in task.phases if training.ema}
-        self.best: dict[str, checkpoint.Tensors] = {}  # weights of the lowest validation loss, by phase
+        owners, model = task.owners, task.phases[0]
+        self.readers = {id(p.network): prepared(p.network, choices) for p in owners}
+        self.modules = {id(p.network): spread(self.readers[id(p.network)], device) for p in owners}
+        self.averages = {model.name: copied(weights_of(model.network))} if training.ema else {}
+        self.best: dict[str, checkpoint.Tensors] = {}  # the model's weights at the lowest validation loss
         self.ended = False  # by a signal
         self.sample_seconds = 0.0  # of the last sample
         self.sampled = self.started = time.monotonic()
         self.recent: list[tuple[float, int]] = []  # (time, step) for the live speed
+        self.told: dict[str, float] = {}  # of the last evaluation, for the live line
 
     def train(self) -> Progress:
         """Train to the last step, the early stop or a signal; what was reached is saved in every case."""
@@ -121,7 +154,11 @@ class Run:
                 last = done == self.training.steps
                 if last or done % self.training.evaluate_every == 0:
                     self.evaluate()
-                if done % self.training.save_every == 0 or self.ended or last or self.progress.stopped:
+                    if self.progress.step != done:  # it went back
+                        saved = self.progress.step
+                        continue
+                best = self.task.judge is not None and self.progress.best_step == done
+                if done % self.training.save_every == 0 or self.ended or last or best or self.progress.stopped:
                     self.save()
                     saved = done
                 if self.progress.stopped:
@@ -138,8 +175,8 @@ class Run:
         while True:
             places = np.arange(self.training.batch, dtype=np.int64) + (step + self.progress.shift) * self.training.batch
             torch.manual_seed(draw(self.seed, "noise", step + self.progress.shift, distributed.rank()))
-            done = [self.phase_step(p, places) for p in self.task.phases if step % p.every == 0]
-            if all(finite for _, _, finite in done):
+            done = {p.name: self.phase_step(p, places) for p in self.task.phases if step % p.every == 0}
+            if all(finite for *_, finite in done.values()):
                 break
             skips += 1
             self.progress.shift += 1
@@ -151,44 +188,57 @@ class Run:
         if self.averages:
             self.average()
         self.progress.step += 1
-        self.progress.loss = done[0][0]
+        figures = {name: value for found, _ in done.values() for name, value in found.items()}
+        self.progress.loss = figures.get("loss", self.progress.loss)
         self.progress.seconds["train"] += time.perf_counter() - start
-        self.report(done[0][1])
+        self.report(figures)
 
-    def phase_step(self, phase: Phase, places: NDArray[np.int64]) -> tuple[float, float, bool]:
-        """Forward, backward and optimizer step of one phase: (mean loss, gradient norm, whether both were finite)."""
-        module, world = self.modules[phase.name], distributed.world()
+    def phase_step(self, phase: Phase, places: NDArray[np.int64]) -> tuple[dict[str, float], bool]:
+        """Forward, backward and optimizer step of one phase: its figures, and whether loss and gradient were finite.
+
+        The figures are means over the items: "loss", what the loss tells beside it, and the "gradient_norm"; of other
+        phases than the first with the phase's name before them.
+        """
+        module, world = self.modules[id(phase.network)], distributed.world()
+        beside = [self.readers[id(network)] for network in phase.beside]
         mine = np.array_split(places, world)[distributed.rank()]
         cuts = max(1, -(-mine.size // (self.choices.micro_batch or max(1, mine.size))))
         batches = [self.task.batch(part) for part in np.array_split(mine, cuts)]
         counted = torch.tensor([float(sum(phase.count(b) for b in batches))], dtype=torch.float64)
         items = distributed.total(counted.to(self.device)).item()
         assert items > 0, "a global batch without a single item to predict"
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i, batch in enumerate(batches):
-            with no_sync(module, i + 1 < cuts):
-                part, _ = phase.loss(module, moved(batch, self.device))
-                (part * (world / items)).backward()
-            loss_sum += part.detach()
-        loss = distributed.total(loss_sum).item() / items
+        sums: dict[str, Tensor] = {}
+        with phase.alone():
+            for i, batch in enumerate(batches):
+                with no_sync(module, i + 1 < cuts):
+                    part, told = phase.loss(module, moved(batch, self.device), *beside)
+                    (part * (world / items)).backward()
+                for name, value in ({"loss": part} | told).items():
+                    sums[name] = sums.get(name, 0.0) + value.detach().double()
+        values = distributed.total(torch.stack([*sums.values()])) / items
         norm = nn.utils.clip_grad_norm_(phase.clipped(), self.training.clip or float("inf"), foreach=True).item()
-        finite = bool(np.isfinite(loss) and np.isfinite(norm))
+        figures = dict(zip(sums, values.tolist(), strict=True)) | {"gradient_norm": norm}
+        finite = bool(np.isfinite(figures["loss"]) and np.isfinite(norm))
         if finite:
-            scale = rate(self.progress.step, self.training)
-            for optimizer in phase.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * scale
-                optimizer.step()
+            self.update(phase)
         phase.network.zero_grad(set_to_none=True)
-        return loss, norm, finite
+        prefix = "" if phase is self.task.phases[0] else f"{phase.name}_"
+        return {prefix + name: value for name, value in figures.items()}, finite
+
+    def update(self, phase: Phase) -> None:
+        """The optimizer step of one phase."""
+        scale = rate(self.progress.step, self.training) * self.progress.slowed
+        for optimizer in phase.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * scale
+            optimizer.step()
 
     @torch.no_grad()
     def average(self) -> None:
         """EMA of the weights; its decay grows with the steps, so that the average forgets the start."""
         decay = min(self.training.ema, (1 + self.progress.step) / (10 + self.progress.step))
-        for phase in self.task.phases:
-            average = self.averages[phase.name]
-            current = weights_of(phase.network)
+        for name, average in self.averages.items():
+            current = weights_of(self.network(name))
             torch._foreach_lerp_([average[k] for k in current], list(current.values()), 1 - decay)
 
     def evaluate(self) -> None:
@@ -204,13 +254,40 @@ class Run:
             self.progress.validation = means.pop("loss")
             if self.progress.validation < self.progress.best and self.training.weights == "best":
                 self.progress.best, self.progress.best_step = self.progress.validation, self.progress.step
-                self.best = {p.name: copied(weights_of(p.network)) for p in self.task.phases}
+                self.best = {phase.name: copied(weights_of(phase.network))}
         self.progress.stopped = self.progress.validation <= self.training.stop_at
         self.progress.seconds["evaluate"] += time.perf_counter() - start
         self.monitor.record(step=self.progress.step, seconds=round(self.elapsed(), 3),
                             validation_loss=self.progress.validation,
                             **{f"validation_{name}": mean for name, mean in means.items()})
+        self.told = {name: means[name] for name in self.task.shown}
         self.live(now=True)
+        if self.task.judge is not None:
+            self.judge(means)
+
+    def judge(self, means: dict[str, float]) -> None:
+        """Where the evaluations say that the run went wrong, go back to its best checkpoint, at half the rates."""
+        p = self.progress
+        steps = {name: total / p.counts[name] for name, total in p.sums.items()}
+        p.history.append({"step": p.step, "loss": p.validation} | means | steps)
+        p.sums, p.counts = {}, {}
+        assert self.task.judge is not None
+        fault = self.task.judge(p.history)
+        if not fault:
+            return
+        self.monitor.say(f"step {p.step}: {fault}")
+        faults, slowed, past = [*p.faults, f"step {p.step}: {fault}"], p.slowed / 2, p.step + p.shift
+        if len(faults) > RETURNS or not p.best_step or not self.resume(p.best_step):
+            self.monitor.say("training ends here" + (f"; the weights of step {p.best_step} are kept" if p.best_step
+                                                      else ", and no step before was better"))
+            p.faults, p.stopped = faults, True
+            return
+        p = self.progress
+        p.faults, p.slowed, p.shift = faults, slowed, past - p.step
+        self.save()
+        checkpoint.drop_after(self.folder, p.step)
+        self.monitor.say(f"went back to the best checkpoint, of step {p.step}; the data goes on, at {slowed:g} of the "
+                         "rates")
 
     def averaged(self) -> Any:
         """The averaged weights, where there are any, in place of the trained ones while the block runs."""
@@ -222,14 +299,18 @@ class Run:
 
     @contextmanager
     def swapped(self, weights: dict[str, checkpoint.Tensors]) -> Iterator[None]:
-        trained = {p.name: copied(weights_of(p.network)) for p in self.task.phases if weights}
-        for phase in self.task.phases if weights else []:
-            phase.network.load_state_dict(weights[phase.name], strict=False)
+        trained = {name: copied(weights_of(self.network(name))) for name in weights}
+        for name, other in weights.items():
+            self.network(name).load_state_dict(other, strict=False)
         try:
             yield
         finally:
-            for phase in self.task.phases if weights else []:
-                phase.network.load_state_dict(trained[phase.name], strict=False)
+            for name, own in trained.items():
+                self.network(name).load_state_dict(own, strict=False)
+
+    def network(self, name: str) -> nn.Module:
+        """The network that the phase of this name trains."""
+        return next(p.network for p in self.task.phases if p.name == name)
 
     def save(self) -> None:
         """A checkpoint of everything the next step depends on."""
@@ -237,28 +318,26 @@ class Run:
         with distributed.first() as mine:
             if mine:
                 facts = {"progress": asdict(self.progress), "choices": asdict(self.choices), "seed": self.seed}
-                checkpoint.save(self.folder, self.progress.step, self.parts(), facts, self.training.keep)
+                kept = self.progress.best_step if self.task.judge else None
+                checkpoint.save(self.folder, self.progress.step, self.tensors(), facts, self.training.keep, kept)
         self.progress.seconds["save"] += time.perf_counter() - start
 
-    def parts(self) -> dict[str, checkpoint.Tensors]:
-        """File name -> tensors: weights, averages, best weights and optimizer states of every phase."""
-        parts = {}
-        for phase in self.task.phases:
+    def tensors(self) -> dict[str, checkpoint.Tensors]:
+        """File name -> tensors: weights and optimizer states of every network, average and best weights of the model."""
+        parts = {f"{name}-average": weights for name, weights in self.averages.items()}
+        parts |= {f"{name}-best": weights for name, weights in self.best.items()}
+        for phase in self.task.owners:
             parts[phase.name] = weights_of(phase.network)
-            if self.averages:
-                parts[f"{phase.name}-average"] = self.averages[phase.name]
-            if self.best:
-                parts[f"{phase.name}-best"] = self.best[phase.name]
             for i, optimizer in enumerate(phase.optimizers):
                 parts[f"{phase.name}-optimizer-{i}"] = optimizer.tensors()
         return parts
 
-    def resume(self) -> bool:
-        """Go on from the newest whole checkpoint, if there is one."""
+    def resume(self, last: int | None = None) -> bool:
+        """Go on from the newest whole checkpoint, if there is one, up to that of step `last`."""
         with distributed.first() as mine:
             if mine:
                 checkpoint.clear_leftovers(self.folder)
-        found = checkpoint.load(self.folder)
+        found = checkpoint.load(self.folder, last)
         if found is None:
             return False
         parts, facts, passed = found
@@ -267,17 +346,21 @@ class Run:
         assert facts["seed"] == self.seed, "another run's checkpoint"
         assert Choices(**facts["choices"]) == self.choices, "another run's checkpoint"
         self.restore(parts)
+        spent = self.progress.seconds
         self.progress = Progress(**facts["progress"])
+        if sum(spent.values()):  # in this process already: what it goes back over was spent all the same
+            self.progress.seconds = spent
         self.progress.stopped = False
         return True
 
     def restore(self, parts: dict[str, checkpoint.Tensors]) -> None:
-        for phase in self.task.phases:
+        for name in self.averages:
+            self.averages[name] = {k: v.to(self.device) for k, v in parts[f"{name}-average"].items()}
+        model = self.task.phases[0].name
+        if f"{model}-best" in parts:
+            self.best[model] = parts[f"{model}-best"]
+        for phase in self.task.owners:
             load_weights(phase.network, parts[phase.name])
-            if self.averages:
-                self.averages[phase.name] = {k: v.to(self.device) for k, v in parts[f"{phase.name}-average"].items()}
-            if f"{phase.name}-best" in parts:
-                self.best[phase.name] = parts[f"{phase.name}-best"]
             for i, optimizer in enumerate(phase.optimizers):
                 optimizer.load(parts[f"{phase.name}-optimizer-{i}"])
 
@@ -296,12 +379,15 @@ class Run:
     def elapsed(self) -> float:
         return sum(self.progress.seconds.values())
 
-    def report(self, norm: float) -> None:
+    def report(self, figures: dict[str, float]) -> None:
         """A line of metrics and, at times, the live line."""
-        now = time.monotonic()
+        now, p = time.monotonic(), self.progress
+        if self.task.judge is not None:
+            for name, value in figures.items():
+                p.sums[name], p.counts[name] = p.sums.get(name, 0.0) + value, p.counts.get(name, 0) + 1
         self.recent = [r for r in self.recent[-200:] if now - r[0] < 10] + [(now, self.progress.step)]
-        self.monitor.record(step=self.progress.step, seconds=round(self.elapsed(), 3), loss=self.progress.loss,
-                            rate=rate(self.progress.step - 1, self.training), gradient_norm=norm,
+        self.monitor.record(step=p.step, seconds=round(self.elapsed(), 3), **figures,
+                            rate=rate(p.step - 1, self.training) * p.slowed,
                             items_per_second=round(self.speed(), 1) or None)
         self.live()
 
@@ -318,6 +404,7 @@ class Run:
         parts = [f"step {p.step}/{self.training.steps}", f"loss {p.loss:.3f}"]
         if np.isfinite(p.validation):
             parts.append(f"validation {p.validation:.3f}")
+            parts += [f"{name} {value:.3f}" for name, value in self.told.items()]
         parts.append(f"{count(speed)} {self.task.unit}/s")
         if self.peak:
             parts.append(f"{100 * speed * self.task.flops / self.peak / distributed.world():.0f} % of the matrix peak")
@@ -341,14 +428,17 @@ class Run:
         self.progress.seconds["sample"] += self.sample_seconds
 
 
-def wrap(network: nn.Module, choices: Choices, device: torch.device) -> nn.Module:
-    """The module that training calls: in its precision, compiled or not, its gradients averaged over processes."""
+def prepared(network: nn.Module, choices: Choices) -> nn.Module:
+    """The module that a loss calls: the network in its precision, compiled or not."""
     module: nn.Module = HalfPrecision(network) if choices.precision == "bf16" else network
-    if choices.compiled:
-        module = torch.compile(module)  # type: ignore[assignment]
-    if distributed.world() > 1:
-        module = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
-    return module
+    return torch.compile(module) if choices.compiled else module  # type: ignore[return-value]
+
+
+def spread(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with its gradients averaged over the processes."""
+    if distributed.world() == 1:
+        return module
+    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
 
 
 def copied(weights: checkpoint.Tensors) -> checkpoint.Tensors:

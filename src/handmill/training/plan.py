@@ -152,8 +152,9 @@ class Need:
         self.rehearsal, self.at_once = rehearsal, at_once
         self.choices = replace(choices, compiled=False)  # the compiler needs no more than the operators one by one
         self.steps: dict[tuple[int, int], int] = {}
-        self.weights = sum(memory.size_of(p.network.parameters()) for p in rehearsal.task.phases)
-        self.best = self.weights if rehearsal.training.weights == "best" else 0  # the copy of the best weights so far
+        self.weights = sum(memory.size_of(p.network.parameters()) for p in rehearsal.task.owners)
+        self.model = memory.size_of(rehearsal.task.phases[0].network.parameters())
+        self.best = self.model if rehearsal.training.weights == "best" else 0  # the copy of the best weights so far
         self.element = batches.size_of(rehearsal.fetch(1))
 
     def step(self, elements: int, cuts: int) -> int:
@@ -176,7 +177,7 @@ class Need:
         few = max(1, self.at_once // 8) if self.rehearsal.real else self.at_once
         peak = self.rehearsal.tracked(lambda: self.rehearsal.evaluate(self.choices, few))
         held = sum(self.rehearsal.parts())
-        aside = self.weights if self.rehearsal.averages else 0
+        aside = self.model if self.rehearsal.average else 0
         return held + aside + max((peak + self.best - held) * self.at_once // few, self.best)
 
     @cached_property
@@ -184,8 +185,8 @@ class Need:
         """While a checkpoint, and at the end the model folder, is written from copies."""
         parts = self.rehearsal.parts()
         copies = max(parts) if self.rehearsal.device.type == "cpu" else 0
-        swapped = self.weights if self.best or self.rehearsal.averages else 0
-        return sum(parts) + max(copies, self.weights + swapped)
+        swapped = self.model if self.best or self.rehearsal.average else 0
+        return sum(parts) + max(copies, self.model + swapped)
 
     def beyond(self, elements: int, share: int) -> int:
         """Beyond the weights, for `share` elements a step in micro-batches of `elements`."""
@@ -313,7 +314,7 @@ def candidates(training: Training, device: torch.device, kept: Choices | None) -
 
 def is_small(job: Job) -> bool:
     """Whether a step surely takes little memory and time, by a bound that no network here reaches."""
-    parameters = [p for phase in job.task.phases for p in phase.network.parameters()]
+    parameters = [p for phase in job.task.owners for p in phase.network.parameters()]
     ends = sum(p.shape[0] + p.shape[1] for p in parameters if p.ndim > 1)  # inputs and outputs of the matrices
     elements = max(job.micro_batch, job.at_once)
     passed = ACTIVATIONS * ends * elements * job.task.items * job.task.positions
@@ -398,6 +399,9 @@ def compiled(job: Job, real: Rehearsal, eager: Speed, reasons: list[str]) -> tup
     wish, before = job.training.compile, memory.used(job.device)
     if job.kept or wish == "no":
         return eager, 0
+    if not job.task.compilable:
+        reasons.append("not compiled: the compiler cannot take gradients of gradients")
+        return eager, 0
     if wish == "auto" and not worth_compiling(eager.step, job.training.steps, job.device):
         found = compiler_found(job.device)
         reasons.append("not compiled, " + ("the run is too short to win it back" if found else "no compiler was found"))
@@ -467,7 +471,7 @@ def save_seconds(out: Path, real: Rehearsal) -> float:
     """Seconds of a checkpoint, from writing a part of one beside `out`. Raises UserError when that cannot be done."""
     total = sum(real.parts())
     left, sample = min(total, WRITTEN), {}
-    for i, p in enumerate(p for phase in real.task.phases for p in phase.network.parameters()):
+    for i, p in enumerate(p for phase in real.task.owners for p in phase.network.parameters()):
         sample[str(i)] = p.detach().flatten()[: left // p.element_size()]
         left -= sample[str(i)].nbytes
     try:

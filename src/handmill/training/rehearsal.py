@@ -19,9 +19,9 @@ from handmill.networks.weights import weights_of
 from handmill.recipe import Training
 from handmill.training import memory
 from handmill.training.batches import Batch, like, moved
-from handmill.training.loop import Choices, Task, evaluating
+from handmill.training.loop import Choices, Phase, Task, evaluating, prepared
 from handmill.training.optimizers import Optimizer
-from handmill.training.precision import HalfPrecision, synchronise
+from handmill.training.precision import synchronise
 
 
 @dataclass
@@ -33,8 +33,8 @@ class Rehearsal:
     device: torch.device
     fetch: Callable[[int], Batch]  # a batch of so many elements
     real: bool = True
-    averages: list[list[Tensor]] = field(default_factory=list)  # of each phase, where training.ema
-    modules: dict[tuple[str, bool], list[nn.Module]] = field(default_factory=dict)
+    average: list[Tensor] = field(default_factory=list)  # of the model, where training.ema
+    modules: dict[tuple[str, bool], dict[int, nn.Module]] = field(default_factory=dict)
     warm: set[tuple[str, bool, int]] = field(default_factory=set)  # precision, compiled, elements of passes so far
 
     def step(self, choices: Choices, elements: int, cuts: int = 1) -> None:
@@ -45,22 +45,28 @@ class Rehearsal:
     def passes(self, choices: Choices, elements: int, cuts: int = 1) -> float:
         """Seconds of the forward and backward passes of a step; the gradients stay for `update`."""
         seconds = 0.0
-        for phase, module in zip(self.task.phases, self.made(choices), strict=True):
+        for phase in self.task.phases:
             start = time.perf_counter()
             batches = [self.fetch(elements) for _ in range(cuts)]
             items = sum(phase.count(b) for b in batches)
-            for batch in batches:
-                part, _ = phase.loss(module, moved(batch, self.device))
-                (part * (1 / items)).backward()
+            with phase.alone():
+                for batch in batches:
+                    (self.loss(choices, phase, batch) * (1 / items)).backward()
             synchronise(self.device)
             seconds += (time.perf_counter() - start) / phase.every
         self.warm.add((choices.precision, choices.compiled, elements))
         return seconds
 
+    def loss(self, choices: Choices, phase: Phase, batch: Batch) -> Tensor:
+        """The sum of one phase's loss over a batch."""
+        made = self.made(choices)
+        modules = [made[id(network)] for network in (phase.network, *phase.beside)]
+        return phase.loss(modules[0], moved(batch, self.device), *modules[1:])[0]
+
     def update(self) -> float:
         """Seconds of the rest of a step: clipping, optimizers, averages. The gradients go."""
         seconds = 0.0
-        for i, phase in enumerate(self.task.phases):
+        for phase in self.task.owners:
             start = time.perf_counter()
             parameters = phase.clipped()
             norm = nn.utils.clip_grad_norm_(parameters, self.training.clip or float("inf"), foreach=True)
@@ -68,9 +74,9 @@ class Rehearsal:
                 for optimizer in phase.optimizers:
                     optimizer.step()
             phase.network.zero_grad(set_to_none=True)
-            if self.averages:
+            if self.average and phase is self.task.phases[0]:
                 with torch.no_grad():
-                    torch._foreach_lerp_(self.averages[i], list(weights_of(phase.network).values()), 0.0)
+                    torch._foreach_lerp_(self.average, list(weights_of(phase.network).values()), 0.0)
             synchronise(self.device)
             seconds += (time.perf_counter() - start) / phase.every
         return seconds
@@ -85,36 +91,33 @@ class Rehearsal:
         phase = self.task.phases[0]
         start = time.perf_counter()
         with torch.no_grad(), evaluating(phase.network):
-            module = HalfPrecision(phase.network) if choices.precision == "bf16" else phase.network
-            phase.loss(module, moved(self.fetch(elements), self.device))
+            self.loss(choices, phase, self.fetch(elements))
         synchronise(self.device)
         return time.perf_counter() - start
 
-    def made(self, choices: Choices) -> list[nn.Module]:
-        """The module that each phase trains through."""
+    def made(self, choices: Choices) -> dict[int, nn.Module]:
+        """The modules that losses call, by the id of their network."""
         key = choices.precision, choices.compiled
         if key not in self.modules:
-            half = choices.precision == "bf16"
-            plain = [HalfPrecision(p.network) if half else p.network for p in self.task.phases]
-            self.modules[key] = [torch.compile(m) for m in plain] if choices.compiled else plain  # type: ignore[misc]
+            self.modules[key] = {id(p.network): prepared(p.network, choices) for p in self.task.owners}
         return self.modules[key]
 
     def tracked(self, work: Callable[[], object]) -> int:
         """Bytes of tensors on the device at the worst moment of `work()`, weights, optimizers and averages included."""
-        phases = self.task.phases
-        networks, optimizers = [p.network for p in phases], [o for p in phases for o in p.optimizers]
-        kept = [*(t for o in optimizers for t in o.tensors().values()), *(t for a in self.averages for t in a)]
+        networks, optimizers = _trained(self.task)
+        kept = [*(t for o in optimizers for t in o.tensors().values()), *self.average]
         if self.real:
             return memory.counted(work, [*networks, *kept])
         return memory.tracked(work, [*networks, *kept], self.device)
 
     def parts(self) -> list[int]:
-        """Bytes of a checkpoint's files: weights, averages, best weights, and the optimizer state that there is."""
-        weights = [memory.size_of(weights_of(p.network).values()) for p in self.task.phases]
-        best = weights if self.training.weights == "best" else []
+        """Bytes of a checkpoint's files: weights, the model's average and best weights, and the optimizers' state."""
+        networks, optimizers = _trained(self.task)
+        weights = [memory.size_of(weights_of(network).values()) for network in networks]
+        best = weights[:1] if self.training.weights == "best" else []
         states = [memory.size_of(t for s in o.state.values() for t in s.values() if isinstance(t, Tensor))
-                  for p in self.task.phases for o in p.optimizers]
-        return [*weights, *map(memory.size_of, self.averages), *best, *states]
+                  for o in optimizers]
+        return [*weights, memory.size_of(self.average), *best, *states]
 
     @contextmanager
     def without_data(self) -> "Iterator[Rehearsal]":
@@ -126,31 +129,31 @@ class Rehearsal:
         def fetch(elements: int) -> Batch:
             return like(example, elements, self.device)
 
-        optimizers = [o for p in self.task.phases for o in p.optimizers]
-        with FakeTensorMode(allow_non_fake_inputs=True), _without_state(optimizers):
-            pairs = copy.deepcopy([(p.network, p.optimizers) for p in self.task.phases])
-            phases = [replace(p, network=n, optimizers=o) for p, (n, o) in zip(self.task.phases, pairs, strict=True)]
-            for phase in phases:
+        with FakeTensorMode(allow_non_fake_inputs=True), _without_state(_trained(self.task)[1]):
+            copies = copy.deepcopy([(p.network, p.optimizers, p.beside) for p in self.task.phases])
+            phases = [replace(p, network=n, optimizers=o, beside=b)
+                      for p, (n, o, b) in zip(self.task.phases, copies, strict=True)]
+            task = replace(self.task, phases=phases)
+            for phase in task.owners:
                 for p in phase.network.parameters():
                     p.grad = torch.zeros_like(p) if p.requires_grad else None
                 for optimizer in phase.optimizers:
                     optimizer.step()
                 phase.network.zero_grad(set_to_none=True)
-            task = replace(self.task, phases=phases)
-            yield Rehearsal(task, self.training, self.device, fetch, False, _averages(task, self.training))
+            yield Rehearsal(task, self.training, self.device, fetch, False, _average(task, self.training))
 
 
 @contextmanager
 def rehearsing(task: Task, training: Training, device: torch.device) -> Iterator[Rehearsal]:
     """A rehearsal on the real tensors, which are afterwards as they were before, bit for bit."""
-    networks, optimizers = [p.network for p in task.phases], [o for p in task.phases for o in p.optimizers]
+    networks, optimizers = _trained(task)
     rates = [(group, group["lr"]) for o in optimizers for group in o.param_groups]
     buffers = [(b, b.clone()) for n in networks for b in n.buffers()]
     for group, _ in rates:
         group["lr"] = 0.0
     try:
         with _without_state(optimizers), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield Rehearsal(task, training, device, lambda n: task.batch(np.arange(n)), True, _averages(task, training))
+            yield Rehearsal(task, training, device, lambda n: task.batch(np.arange(n)), True, _average(task, training))
     finally:
         for group, rate in rates:
             group["lr"] = rate
@@ -173,5 +176,10 @@ def _without_state(optimizers: list[Optimizer]) -> Iterator[None]:
             optimizer.state = state
 
 
-def _averages(task: Task, training: Training) -> list[list[Tensor]]:
-    return [[v.detach().clone() for v in weights_of(p.network).values()] for p in task.phases if training.ema]
+def _trained(task: Task) -> tuple[list[nn.Module], list[Optimizer]]:
+    """Every network and every optimizer, once."""
+    return [p.network for p in task.owners], [o for p in task.owners for o in p.optimizers]
+
+
+def _average(task: Task, training: Training) -> list[Tensor]:
+    return [v.detach().clone() for v in weights_of(task.phases[0].network).values()] if training.ema else []
