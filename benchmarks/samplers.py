@@ -17,7 +17,7 @@ from table import append
 
 from handmill import folder
 from handmill.checks import features, fidelity
-from handmill.checks.image import FEATURES, Settings, _asked, _ground
+from handmill.checks.image import Settings, _asked, _ground
 from handmill.families import tensors
 from handmill.families.diffusion.samplers import SAMPLERS, evaluations
 from handmill.folder import Model
@@ -34,7 +34,7 @@ def measure(model: Model, sampler: str, steps: int, ground: Any, samples: int, g
     began = time.perf_counter()
     made = tensors.make(model.network, model.codec, model.recipe, asked.tolist(), settings, SEED)
     seconds = time.perf_counter() - began
-    network = features.load(model.path / FEATURES)
+    network = features.load(model.path / features.FEATURES)
     real = np.random.default_rng(0).permutation(ground.real)[:samples]
     a, b = network.features(real), network.features(made)
     _, coverage = fidelity.density_coverage(a, b)

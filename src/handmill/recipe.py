@@ -34,15 +34,19 @@ KINDS: dict[str, dict[str, str]] = {
         "autoencoder": "handmill.networks.autoencoder:Settings",
         "unet": "handmill.networks.unet:Settings",
         "dit": "handmill.networks.dit:Settings",
+        "dcgan": "handmill.networks.dcgan:Settings",
+        "stylegan2": "handmill.networks.stylegan2:Settings",
     },
     "objective": {
         "autoregressive": "handmill.families.autoregressive:Objective",
         "variational": "handmill.families.variational:Objective",
+        "adversarial": "handmill.families.adversarial.objective:Objective",
         "diffusion": "handmill.families.diffusion.noise_levels:Objective",
     },
     "sampling": {
         "autoregressive": "handmill.families.autoregressive:Sampling",
         "variational": "handmill.families.variational:Sampling",
+        "adversarial": "handmill.families.adversarial.making:Sampling",
         "diffusion": "handmill.families.diffusion.making:Sampling",
     },
     "check": {"text": "handmill.checks.text:Settings", "image": "handmill.checks.image:Settings"},
@@ -54,6 +58,7 @@ FITS: dict[tuple[str, str], tuple[str, ...]] = {
     ("codec", "pixels"): ("image",), ("codec", "model"): ("image",),
     ("network", "decoder"): ("autoregressive",), ("network", "autoencoder"): ("variational",),
     ("network", "unet"): ("diffusion",), ("network", "dit"): ("diffusion",),
+    ("network", "dcgan"): ("adversarial",), ("network", "stylegan2"): ("adversarial",),
 }
 
 

@@ -37,6 +37,8 @@ from handmill.training.optimizers import AdamW
 
 FORMAT = "handmill-features/1"
 FILE = "features.safetensors"
+FEATURES = "features"  # the folder of a network, beside the prepared images it is of and in model folders
+SEED = 0  # of the network of prepared images: the same for all models of the data, which are compared in its features
 FEWEST = 16  # training images
 _BATCH = 500  # images at once where nothing is learned
 
@@ -178,6 +180,14 @@ def for_data(folder: Path, images: Images, labels: Labels | None, classes: int, 
     made = train(images, labels, classes, seed, settings, fingerprint, progress)
     made.save(folder)
     return made
+
+
+def of(prepared: Any, progress: bool = False) -> Classifier:
+    """The network of prepared images, kept beside them; trained on the classes where every image has one."""
+    labels = np.asarray(prepared.labels("train"))
+    classes = len(prepared.classes) if (labels >= 0).all() else 0
+    return for_data(prepared.folder / FEATURES, np.asarray(prepared.images("train")), labels if classes else None,
+                    classes, prepared.fingerprint, SEED, progress)
 
 
 def load(folder: Path) -> Classifier:

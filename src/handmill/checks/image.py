@@ -27,8 +27,6 @@ from handmill.recipe import not_negative, positive
 
 NO_TRAINING_DATA = "not measured: training data is not on this machine"
 NO_SAMPLES = "not measured: check.samples is 0"
-SEED = 0  # of the feature network: the same for all models of the same data, which are compared in its features
-FEATURES = "features"  # folder of the classifier, beside prepared data and in the model folder
 
 __all__ = ["Settings", "carry", "lines", "run"]
 
@@ -123,14 +121,11 @@ def training_split(model: Model) -> Images | None:
 
 def _classifier(model: Model, training: Images | None, progress: bool) -> features.Classifier | None:
     """The network in whose features images are compared: trained once a data set, and kept in the model folder."""
-    kept = model.path / FEATURES
+    kept = model.path / features.FEATURES
     if training is not None:
-        labels = np.asarray(training.labels("train"))
-        classes = len(training.classes) if (labels >= 0).all() else 0
-        features.for_data(training.folder / FEATURES, np.asarray(training.images("train")),
-                          labels if classes else None, classes, training.fingerprint, SEED, progress)
+        features.of(training, progress)
         shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(training.folder / FEATURES, kept)
+        shutil.copytree(training.folder / features.FEATURES, kept)
     return features.load(kept) if kept.is_dir() else None
 
 
@@ -198,7 +193,7 @@ def _fidelity(ground: Ground, made: NDArray[np.uint8]) -> dict[str, Any]:
     if missing:
         return {"missing": missing}
     assert ground.classifier is not None
-    pool = np.random.default_rng(SEED).permutation(_unseen(ground, 2 * len(made)))
+    pool = np.random.default_rng(features.SEED).permutation(_unseen(ground, 2 * len(made)))
     count = min(len(made), len(pool) // 2)
     real, other = pool[:count], pool[count:2 * count]
     named = {ground.classifier.name: ground.classifier.features}

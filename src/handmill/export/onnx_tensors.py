@@ -4,13 +4,16 @@
     encoder.onnx   images (B, C, H, W) to codes: an autoencoder's "mean" and "log_variance" (B, *L) or its "codes"
                    (B, *s) int64, a latent diffusion's normalised "codes" (B, C, *S)
     decoder.onnx   codes, or "latent" (B, *L), to images (B, C, H, W)
+    generator.onnx adversarial: latent (B, Z), where it has noise of its own noise (B, P), truncation (B,), and where
+                   it was told classes label (B,) int64, to images (B, C, H, W)
 
 An autoregressive model of codes has encoder.onnx, decoder.onnx and the model.onnx of onnx_decoder.py.
 
 Values are fp32, images lie in [-1, 1]. `label` is there where a network was taught classes; one past the last class
-asks for none.
+asks for none, but of a generator.
 
-B batch, C channels, *S space of what is denoised, H height, W width, L the latent's shape, s the space of codes.
+B batch, C channels, *S space of what is denoised, H height, W width, L the latent's shape, s the space of codes,
+Z numbers of a generator's latent, P of its noise.
 """
 
 from pathlib import Path
@@ -108,6 +111,26 @@ class Decode(Encode):
         return images
 
 
+class Generate(nn.Module):
+    """A latent to images, with what else the generator takes in the order of `inputs`."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        network: Any = model.network
+        self.network = network
+        label = {"label": torch.arange(EXAMPLES) % network.classes} if network.classes else {}
+        noise = {"noise": torch.zeros(EXAMPLES, *network.noise_shape)} if network.noise_shape[0] else {}
+        self.inputs: dict[str, Tensor] = {
+            "latent": torch.zeros(EXAMPLES, *network.latent_shape), **noise, "truncation": torch.ones(EXAMPLES), **label}
+
+    def forward(self, latent: Tensor, *others: Tensor) -> Tensor:
+        network, given = self.network, dict(zip(list(self.inputs)[1:], others, strict=True))
+        asked = _condition(given.get("label"))
+        w = network.truncated(network.map(latent, asked), asked, given["truncation"][:, None, None])  # (B, L, W)
+        images: Tensor = network.render(w, given.get("noise", latent[:, :0]))
+        return images
+
+
 def sigma_data(model: Model) -> float:
     """The deviation that a diffusion model's denoiser reckons with."""
     return float(model.recipe.objective.sigma_data or model.codec.deviation)
@@ -118,6 +141,9 @@ def graphs(model: Model) -> list[Graph]:
     codec = model.codec
     if model.recipe.family == "variational":
         return _autoencoder(model, bool(tensors.classes(model.recipe, codec)))
+    if model.recipe.family == "adversarial":
+        made_of = Generate(model)
+        return [Graph("generator.onnx", made_of, made_of.inputs, ("images",))]
     if model.recipe.family == "autoregressive":
         return _autoencoder(codec.model, False)
     codes, sigma = torch.zeros(EXAMPLES, *codec.shape), torch.ones(EXAMPLES)
@@ -166,6 +192,9 @@ def about(model: Model, made: list[Graph]) -> dict[str, Any]:
         case "autoregressive":
             return onnx_decoder.about(model) | facts | {"shape": list(codec.shape), "length": codec.length,
                                                         "codes": codec.codes}
+        case "adversarial":
+            del facts["no_label"]
+            return facts | {"shape": list(model.network.latent_shape), "noise": list(model.network.noise_shape)}
     network: Any = model.network
     return facts | {"shape": list(network.latent_shape), "codes": network.vocabulary}
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from handmill.recipe import Recipe
 
-LEARNING = {"autoregressive": "next_token", "variational": "evidence", "diffusion": "denoising"}
+LEARNING = {"autoregressive": "next_token", "variational": "evidence", "adversarial": "competing",
+            "diffusion": "denoising"}
 
 
 def task(network: nn.Module, codec: Any, prepared: Any, recipe: Recipe, out: Path) -> Any:

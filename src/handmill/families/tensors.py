@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from handmill.data.noise import normal
+from handmill.data.noise import normal, uniform
 from handmill.data.order import draw
 from handmill.errors import UserError
 from handmill.media.pictures import to_uint8
@@ -45,7 +45,7 @@ def _some(network: Any, codec: Any, recipe: Recipe, labels: Sequence[int], sampl
     places = torch.arange(first, first + len(labels), device=device)
     condition = {"label": torch.tensor(labels, device=device)} if codec.classes else {}
 
-    def noise(step: int, shape: tuple[int, ...] = codec.shape) -> Tensor:
+    def noise(step: int, shape: tuple[int, ...] = codec.shape) -> Tensor:  # (N, *shape)
         return normal(draw(seed, "sample", step), places, shape)
 
     if recipe.family == "diffusion":
@@ -60,11 +60,23 @@ def _some(network: Any, codec: Any, recipe: Recipe, labels: Sequence[int], sampl
         start = torch.tensor([codec.codes + label for label in labels], device=device)
         rows = list(range(first, first + len(labels)))
         return to_uint8(codec.decode(fixed_length(network, start, codec.length, codec.codes, sampling, seed, rows)))
+    elif recipe.family == "adversarial":
+        from handmill.families.adversarial import making as adversarial
+
+        codes = adversarial.sample(network, sampling, chosen(condition, codec, seed, places), noise)
     else:
         from handmill.families import variational
 
         codes = variational.sample(network, recipe.objective, sampling, condition, noise(0, network.latent_shape))
     return to_uint8(codec.decode(codes.float()))
+
+
+def chosen(condition: dict[str, Tensor], codec: Any, seed: int, places: Tensor) -> dict[str, Tensor]:
+    """The condition with a class drawn for every sample that none was asked for."""
+    if not condition:
+        return condition
+    drawn = (uniform(draw(seed, "class"), places, 1)[:, 0] * len(codec.classes)).long()
+    return {"label": torch.where(condition["label"] < len(codec.classes), condition["label"], drawn)}
 
 
 def device_of(network: Any) -> torch.device:
@@ -75,7 +87,7 @@ def device_of(network: Any) -> torch.device:
 
 def classes(recipe: Recipe, codec: Any) -> tuple[str, ...]:
     """What the model can be asked for: its data's classes, where its network was told them."""
-    told = recipe.family != "variational" or recipe.network.conditional
+    told = recipe.family not in ("variational", "adversarial") or recipe.network.conditional
     return tuple(codec.classes) if told else ()
 
 
@@ -120,6 +132,10 @@ def _answer(network: Any, recipe: Recipe) -> Tensor:
         answer = network(normal(0, one, network.shape), one.float(), {})
     elif recipe.family == "autoregressive":
         answer = network(torch.arange(min(8, recipe.network.context), device=device)[None])[0]
+    elif recipe.family == "adversarial":
+        told = {"label": one} if network.classes else {}
+        answer = network.render(network.map(normal(0, one, network.latent_shape), told),
+                                normal(1, one, network.noise_shape))
     else:
         answer = network.decode(normal(0, one, network.latent_shape), {})
     flat: Tensor = answer.flatten().float().cpu()

@@ -5,7 +5,11 @@ from typing import Any
 
 from torch import nn
 
-NETWORKS = {"autoencoder": "Autoencoder", "unet": "UNet", "dit": "DiT"}  # of (B, C, *S): module -> class
+from handmill.errors import UserError
+
+# of (B, C, *S): module -> class
+NETWORKS = {"autoencoder": "Autoencoder", "unet": "UNet", "dit": "DiT", "dcgan": "Generator", "stylegan2": "Generator"}
+CHOOSING = ("dcgan", "stylegan2")  # whose settings say whether they are told a class
 
 
 def build(settings: Any, codec: Any) -> nn.Module:
@@ -17,6 +21,29 @@ def build(settings: Any, codec: Any) -> nn.Module:
         from handmill.networks.decoder import Decoder
 
         return Decoder(settings, codec.size)
+    return _made(settings, codec, NETWORKS[settings.kind])
+
+
+def critic(settings: Any, codec: Any) -> nn.Module:
+    """The discriminator that goes with the generator of `settings`."""
+    return _made(settings, codec, "Discriminator")
+
+
+def _made(settings: Any, codec: Any, name: str) -> nn.Module:
     module = importlib.import_module(f"handmill.networks.{settings.kind}")
-    network: nn.Module = getattr(module, NETWORKS[settings.kind])(settings, codec.shape, len(codec.classes))
+    network: nn.Module = getattr(module, name)(settings, codec.shape, told(settings, codec))
     return network
+
+
+def told(settings: Any, codec: Any) -> int:
+    """How many classes a network is told of: those of its data, unless it says that it is not conditional.
+
+    Raises UserError for a generator that is to be told of fewer than two.
+    """
+    classes = len(codec.classes)
+    if settings.kind not in CHOOSING:
+        return classes
+    if settings.conditional and classes < 2:
+        raise UserError(f"network.conditional = true needs images of two classes or more, and these have {classes}: "
+                        "put them into a folder for every class, or set it to false")
+    return classes if settings.conditional else 0

@@ -269,7 +269,7 @@ class Run:
         """Where the evaluations say that the run went wrong, go back to its best checkpoint, at half the rates."""
         p = self.progress
         steps = {name: total / p.counts[name] for name, total in p.sums.items()}
-        p.history.append({"step": p.step, "loss": p.validation} | means | steps)
+        p.history.append(steps | {"step": p.step, "loss": p.validation} | means)
         p.sums, p.counts = {}, {}
         assert self.task.judge is not None
         fault = self.task.judge(p.history)
@@ -323,7 +323,7 @@ class Run:
         self.progress.seconds["save"] += time.perf_counter() - start
 
     def tensors(self) -> dict[str, checkpoint.Tensors]:
-        """File name -> tensors: weights and optimizer states of every network, average and best weights of the model."""
+        """File name -> tensors: weights and optimizer states of all networks, average and best weights of the model."""
         parts = {f"{name}-average": weights for name, weights in self.averages.items()}
         parts |= {f"{name}-best": weights for name, weights in self.best.items()}
         for phase in self.task.owners:

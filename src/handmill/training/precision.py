@@ -34,6 +34,14 @@ class HalfPrecision(nn.Module):
         return torch.func.functional_call(self.network, halves, args, kwargs)
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """The network itself, from within what training wrapped it in."""
+    while isinstance(inner := getattr(module, "module", None) or (
+            module.network if isinstance(module, HalfPrecision) else None), nn.Module):
+        module = inner
+    return module
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks: each step asks for the same tensors, and new pages cost a fifth of its time."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,7 +131,9 @@ class Rehearsal:
             return like(example, elements, self.device)
 
         with FakeTensorMode(allow_non_fake_inputs=True), _without_state(_trained(self.task)[1]):
-            copies = copy.deepcopy([(p.network, p.optimizers, p.beside) for p in self.task.phases])
+            buffers = [b for network in _trained(self.task)[0] for b in network.buffers()]
+            memo: dict[int, Any] = {id(b): torch.zeros_like(b) for b in buffers}  # deepcopy would copy their storage
+            copies = copy.deepcopy([(p.network, p.optimizers, p.beside) for p in self.task.phases], memo)
             phases = [replace(p, network=n, optimizers=o, beside=b)
                       for p, (n, o, b) in zip(self.task.phases, copies, strict=True)]
             task = replace(self.task, phases=phases)

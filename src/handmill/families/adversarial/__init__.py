@@ -1,0 +1,1 @@
+"""The adversarial family: a generator and a discriminator that teach each other."""
