@@ -51,7 +51,7 @@ def generate(args: argparse.Namespace) -> None:
     from handmill.verbs.generate import generate, stream
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "steps", "guidance",
-             "sampler")
+             "sampler", "truncation")
     settings = pairs(args.set) | {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     settings |= {"seed": args.seed} | ({"stop": tuple(args.stop)} if args.stop else {})
     model = folder.load(args.folder)
@@ -73,12 +73,30 @@ def _images(args: argparse.Namespace, model: Any, settings: dict[str, Any]) -> N
     from handmill.families import tensors
     from handmill.verbs.generate import save_images
 
+    if args.mixing or args.walk or args.project:
+        _explore(args, model, settings)
+        return
     classes = tensors.classes(model.recipe, model.codec) or ("",)
     prompts = [p for p in args.prompt for _ in range(args.n or 1)] or [
         classes[i % len(classes)] for i in range(args.n or 16)]
     out = args.out or args.folder / "samples"
     for path in save_images(model, prompts, out, runtime=args.runtime, **settings):
         print(path)
+
+
+def _explore(args: argparse.Namespace, model: Any, settings: dict[str, Any]) -> None:
+    from handmill.verbs import explore
+
+    out = args.out or args.folder / "samples"
+    if args.mixing:
+        rows, columns = explore.matrix(args.mixing)
+        print(explore.mixing(model, out, rows, columns, cut=args.cut, prompts=args.prompt, **settings))
+    if args.walk:
+        print(explore.walk(model, args.walk, args.prompt, args.stops, args.seconds, **settings))
+    if args.project:
+        found = explore.project(model, out, args.project, "".join(args.prompt[:1]), args.steps or 500, args.seed,
+                                args.fit, args.each, progress=True)
+        print(f"{found.picture}\n{found.weights}\nerror {found.error:.2f} of 255 levels, root mean square")
 
 
 def export(args: argparse.Namespace) -> None:
@@ -165,7 +183,8 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe's [check] table")
 
     p = verb(generate, "make text or images", 'runs/notes "Once upon" --temperature 0.7 --max-tokens 100 --seed 3\n'
-             "  handmill generate runs/digits 7 -n 16 --steps 20 --out sevens")
+             "  handmill generate runs/digits 7 -n 16 --steps 20 --out sevens\n"
+             "  handmill generate runs/stylegan2 --walk walk.gif --truncation 0.7")
     p.add_argument("folder", type=Path, help="a model folder")
     p.add_argument("prompt", nargs="*", help="texts to continue, or classes of images (default: start from nothing)")
     p.add_argument("--prompt-file", type=Path, action="append", default=[], help="a file whose text is continued")
@@ -181,8 +200,10 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                               ("max-tokens", int, "new tokens a sample"),
                               ("steps", int, "of a diffusion model: more are finer and slower"),
                               ("guidance", float, "of a diffusion model: above 1, more like the class"),
-                              ("sampler", str, "of a diffusion model: ddpm, ddim, euler, heun, dpmpp_2m, unipc")):
+                              ("sampler", str, "of a diffusion model: ddpm, ddim, euler, heun, dpmpp_2m, unipc"),
+                              ("truncation", float, "of an adversarial model: below 1, more usual and less varied")):
         p.add_argument(f"--{name}", type=kind, help=f"{about} (default: the recipe's)")
+    _exploring_arguments(p)
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the [sampling] table")
     p.add_argument("--stop", action="append", help="a text that ends the sample; may be given more than once")
 
@@ -209,6 +230,21 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p = verb(demo, "the whole road on text that every Python has, in two minutes", "")
     p.add_argument("--out", type=Path, default=Path("runs"), help="where the demo's folders go (default: runs)")
     return top, verbs.choices
+
+
+def _exploring_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--mixing", metavar="RxC", help="of a stylegan2: a matrix of images with mixed styles, such as 6x6")
+    p.add_argument("--cut", default="middle", help="what a column of --mixing gives: coarse, middle, fine, or its "
+                   "first layer (default: middle)")
+    p.add_argument("--walk", type=Path, metavar="FILE", help="of an adversarial model: a .gif or .mp4 of a way through "
+                   "samples and classes")
+    p.add_argument("--stops", type=int, default=8, help="samples that --walk goes through (default 8)")
+    p.add_argument("--seconds", type=float, default=8.0, help="how long --walk lasts (default 8)")
+    p.add_argument("--project", type=Path, metavar="IMAGE", help="of an adversarial model: look for this image among "
+                   "what it can make, in so many --steps (default 500)")
+    p.add_argument("--fit", action="store_true", help="bring the --project image to the model's size and colour")
+    p.add_argument("--each", action="store_true", help="a style for each layer in --project: nearer, even to what the "
+                   "model cannot make")
 
 
 def _recipe_arguments(p: argparse.ArgumentParser) -> None:

@@ -1,4 +1,7 @@
-"""The pictures of a check, in the model folder's samples/. N images, H height, W width, C channels."""
+"""The pictures of a check, in the model folder's samples/.
+
+N images, H height, W width, C channels; of a generator L styles of width D an image.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,13 +11,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from handmill.families import variational
+from handmill.data.noise import normal
+from handmill.data.order import draw as number
+from handmill.families import tensors, variational
+from handmill.families.adversarial import exploring
+from handmill.families.adversarial.making import Sampling
 from handmill.media import pictures
 from handmill.media.pictures import to_uint8
 
 SHOWN = 100  # samples
 PAIRS = 12  # samples beside the training images nearest to them
-ROW = 12  # images in a row of reconstructions
+ROW = 12  # images in a row of reconstructions, of a walk, or of one truncation
+WALKS = 6
+TRUNCATIONS = (0.0, 0.25, 0.5, 0.7, 0.85, 1.0, 1.3)
 
 
 def draw(ground: Any, made: NDArray[np.uint8], asked: NDArray[np.int64], copying: Mapping[str, Any]) -> dict[str, str]:
@@ -29,6 +38,8 @@ def draw(ground: Any, made: NDArray[np.uint8], asked: NDArray[np.int64], copying
         found["nearest training images"] = nearest(ground, made, copying["by"]["pixels"]["pairs"])
     if ground.model.recipe.family == "variational":
         found |= _latent(ground)
+    if ground.model.recipe.family == "adversarial":
+        found |= {"truncation": truncations(ground.model, ground.seed), "interpolation": walks(ground.model, ground.seed)}
     folder: Path = ground.model.path / "samples"
     folder.mkdir(exist_ok=True)
     files = {what: f"samples/{what.replace(' ', '-')}.png" for what in found}
@@ -71,3 +82,27 @@ def _latent(ground: Any) -> dict[str, NDArray[np.uint8]]:
         rows = variational.latent_map(network, objective, ROW, x)  # (rows, n, C, H, W)
         found["latent map"] = pictures.grid(to_uint8(rows.flatten(0, 1)), columns=rows.shape[1])
     return found
+
+
+def truncations(model: Any, seed: int) -> NDArray[np.uint8]:
+    """The same samples, the classes in turn, at every one of TRUNCATIONS."""
+    labels = tensors.every_class(model.recipe, model.codec, ROW)
+    return pictures.labelled_rows([
+        (f"truncation {psi:g}", tensors.make(model.network, model.codec, model.recipe, labels, Sampling(psi), seed))
+        for psi in TRUNCATIONS])
+
+
+@torch.inference_mode()
+def walks(model: Any, seed: int) -> NDArray[np.uint8]:
+    """WALKS ways from one sample to another of the same class, the classes in turn; the noise of a way stays.
+
+    Through the styles where an image has many, else through the latent on a sphere.
+    """
+    network, keys = model.network, torch.arange(2 * WALKS, device=model.device).view(WALKS, 2)
+    key, rows = number(seed, "walks"), []
+    for way, label in zip(keys, tensors.every_class(model.recipe, model.codec, WALKS), strict=True):
+        condition = {"label": torch.full_like(way, label)} if network.classes else {}
+        z, layers = (normal(key + i, way, shape) for i, shape in enumerate((network.latent_shape, network.noise_shape)))
+        w = exploring.travel(network, z, condition, ROW - 1, closed=False)  # (ROW, L, D)
+        rows.append(to_uint8(model.codec.decode(exploring.rendered(network, w, layers[:1]))))
+    return pictures.grid(np.concatenate(rows), columns=ROW)

@@ -143,7 +143,8 @@ def task(network: Any, codec: Any, prepared: Any, recipe: Recipe, out: Path) -> 
     sample, picture = previews.samples(codec, recipe, out)
     flops = network.flops_per_item() + 3 * judge.network.flops_per_item()
     return Task(phases, items.batch, evaluate, sample, 1, flops, held_out=held_out, at_once=EVALUATED_AT_ONCE,
-                positions=math.prod(codec.shape[1:]), unit="images", measure="Fréchet distance", picture=picture,
+                positions=math.prod(codec.shape[1:]), unit="images", measure="Fréchet distance",
+                training_measure=f"{objective.loss} loss of the generator", picture=picture,
                 judge=judged, shown=("coverage", "recall"), compilable=False)
 
 
@@ -182,10 +183,10 @@ def labelled(prepared: Any, recipe: Recipe) -> None:
 
 def judged(history: list[dict[str, float]]) -> str:
     """What went wrong by the newest of the evaluations, in a sentence; "" where nothing did."""
-    return collapse.judge([{"frechet": entry["loss"], "step": entry["step"],
-                            "certainty": entry.get("discriminator_certainty", 0.5),
-                            "gradient_norm": entry.get("gradient_norm", 0.0)}
-                           | {name: entry[name] for name in FIGURES[1:]} for entry in history])
+    names = {"loss": "frechet", "discriminator_certainty": "certainty"}
+    kept = {*FIGURES, "step", "certainty", "gradient_norm"}
+    return collapse.judge([{names.get(k, k): v for k, v in entry.items() if names.get(k, k) in kept}
+                           for entry in history])
 
 
 def evaluation(codec: Any, prepared: Any, recipe: Recipe) -> tuple[Callable[[nn.Module], dict[str, float]], int]:

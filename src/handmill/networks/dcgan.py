@@ -294,7 +294,7 @@ class _Partial(torch.autograd.Function):
     bf16 on a CPU: by y that convolution, by x its transpose, by W the gradient of the weight. t is linear in each, so
     the derivatives of these three are again these three.
 
-    Two are matrix products: the convolution's kernel for W takes twice as long (512 channels at 4 x 4, batch 16).
+    Two are matrix products: oneDNN's convolution takes twice as long for W (512 channels at 4 x 4, batch 16).
     """
 
     @staticmethod

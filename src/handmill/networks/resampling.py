@@ -1,7 +1,7 @@
 """Changing the size of maps by two with the binomial filter [1, 3, 3, 1], differentiable as often as one likes.
 
 Zhang 2019 (a low-pass filter before every second place is dropped); Karras et al. 2019, 2020 (this filter around
-StyleGAN's convolutions); Odena et al. 2016 (what images look like without one).
+StyleGAN's convolutions).
 
 B batch, C channels, H x W space.
 """
@@ -18,9 +18,8 @@ TAPS = 4
 def blur(x: Tensor, padding: int, gain: float = 1.0) -> Tensor:
     """[1, 3, 3, 1] / 8 along both axes, of x with `padding` zeros on every side, times `gain`.
 
-    (B, C, H, W) -> (B, C, H + 2 padding - 3, W + 2 padding - 3). Its gradient is a blur of the gradient. torch would
-    take it by a transposed depthwise convolution, for which a CPU has no fast bf16 kernel: 15 ms in place of 0.5 for
-    32 maps of 32 channels at 32 x 32.
+    (B, C, H, W) -> (B, C, H + 2 padding - 3, W + 2 padding - 3). Its gradient is a blur of the gradient; with torch's
+    gradient of a depthwise convolution StyleGAN2's R1 penalty takes 1.4 times as long on a CPU.
     """
     if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
         y: Tensor = _Blur.apply(x, padding, gain)  # type: ignore[no-untyped-call]

@@ -11,26 +11,37 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 _TRAIN, _VALIDATION, _QUIET = "#2f6f9f", "#d1622b", "#8a8f98"
+_SHADES = (_TRAIN, _VALIDATION, "#5a8f4f", "#8a5a9f", "#b08a2f")
+_SHARES = {"validation_coverage": "coverage", "validation_recall": "recall", "validation_precision": "precision",
+           "discriminator_certainty": "discriminator's certainty"}
 _WINDOWS = 50  # the smoothed line averages about this share of the run: 1/50
 
 Series = NDArray[np.float64]
 
 
-def draw(metrics: Path, png: Path, measure: str = "nats per token") -> None:
+def draw(metrics: Path, png: Path, measure: str = "nats per token", training_measure: str = "") -> None:
     """Draw training loss (raw pale, smoothed dark), validation loss and learning rate over the steps.
 
     `metrics` holds one JSON object a line: step, loss, rate (a share of its peak), validation_loss; losses in
-    `measure`. A line cut short by a crash is passed over; without any line the picture says so.
+    `measure`. Where training has a measure of its own, the validation, its shares, and the losses of all phases stand
+    apart. A line cut short by a crash is passed over; without any line the picture says so.
     """
     rows = read(metrics)
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
-    for axes in (top, bottom):
+    heights = (4, 3, 3, 1) if training_measure else (5, 1)
+    figure = Figure(figsize=(8, 0.8 * sum(heights)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e7e9ec", linewidth=0.8)
         axes.set_axisbelow(True)
-    _losses(top, rows, measure)
-    _rates(bottom, rows)
+    if training_measure:
+        _validation(panels[0], rows, measure)
+        _lines(panels[1], rows, _SHARES, "share")
+        _lines(panels[2], rows, {key: key.removesuffix("_loss").replace("loss", "generator") for key in
+                                 ("loss", "discriminator_loss")}, "loss")
+    else:
+        _losses(panels[0], rows, measure)
+    _rates(panels[-1], rows)
     figure.align_ylabels()
     figure.savefig(png)
 
@@ -84,6 +95,31 @@ def _losses(axes: Axes, rows: list[dict[str, Any]], measure: str) -> None:
     final = f"validation {validation[-1]:.3f}" if len(at) else f"training {line[-1]:.3f}"
     axes.set_title(f"{final} {measure} after {steps[-1]:,.0f} steps", loc="left", fontsize=11)
     axes.legend(frameon=False, loc="upper right")
+
+
+def _validation(axes: Axes, rows: list[dict[str, Any]], measure: str) -> None:
+    """What evaluations found, over a scale of powers."""
+    at, validation = column(rows, "validation_loss")
+    axes.set_ylabel(measure)
+    if not len(at):
+        axes.set_title("nothing evaluated yet", loc="left", fontsize=11)
+        return
+    axes.set_yscale("log")
+    axes.plot(at, validation, color=_VALIDATION, linewidth=1.4, marker="o", markersize=4, clip_on=False)
+    said = f"{measure} {validation[-1]:.3f} after {at[-1]:,.0f} steps, lowest {validation.min():.3f}"
+    axes.set_title(said, loc="left", fontsize=11)
+
+
+def _lines(axes: Axes, rows: list[dict[str, Any]], names: dict[str, str], label: str) -> None:
+    """Some columns, smoothed where there is a value a step, each by its name."""
+    axes.set_ylabel(label)
+    for (key, name), shade in zip(names.items(), _SHADES, strict=False):
+        steps, values = column(rows, key)
+        if len(steps):
+            axes.plot(steps, smoothed(values) if len(steps) > _WINDOWS else values, color=shade, linewidth=1.4,
+                      label=f"{name} {values[-_WINDOWS:].mean() if len(steps) > _WINDOWS else values[-1]:.2f}")
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower right")
 
 
 def _limit(axes: Axes, losses: Series, validation: Series) -> None:

@@ -81,7 +81,8 @@ class Task:
     at_once: int = 0  # elements of a batch in one pass of an evaluation
     positions: int = 1  # at which the network's widest layers work on one item (the pixels of an image)
     unit: str = "tokens"  # of the items
-    measure: str = "nats per token"  # of the loss
+    measure: str = "nats per token"  # of the loss, held out
+    training_measure: str = ""  # of the loss in training, where it is another
     picture: Path | None = None  # the file that `sample` draws into
     judge: Callable[[list[dict[str, float]]], str] | None = None  # of all evaluations: what went wrong; "": nothing
     shown: tuple[str, ...] = ()  # parts of an evaluation in the live line

@@ -86,11 +86,12 @@ def walk(model: Model, out: Path, prompts: Sequence[str] = (), stops: int = 8, s
 
 
 def project(model: Model, out: Path, picture: Path, prompt: str = "", steps: int = 500, seed: int | None = None,
-            fit: bool = False, progress: bool = False) -> Projected:
+            fit: bool = False, each: bool = False, progress: bool = False) -> Projected:
     """Look for `picture` among what the model can make; write target | projection and the styles into `out`.
 
-    `fit` brings a picture of another size or colour to the model's, as its training images were. Raises UserError for
-    one that is not of the model's size and colour otherwise, and for one that cannot be read.
+    `fit` brings a picture of another size or colour to the model's, as its training images were; `each` gives every
+    layer a style of its own. Raises UserError for a picture that is not of the model's size and colour otherwise, and
+    for one that cannot be read.
     """
     generator, seed = _generator(model, "can be searched for an image"), checked(seed)
     if not 1 <= steps <= 100_000:
@@ -99,7 +100,7 @@ def project(model: Model, out: Path, picture: Path, prompt: str = "", steps: int
     label = tensors.label_of(model.recipe, model.codec, prompt)
     condition = {"label": torch.tensor([label], device=model.device)} if prompt else {}
     found = exploring.project(generator, pictures.from_uint8(target)[0].to(model.device), condition, steps, seed,
-                              _features(model), progress=progress)
+                              _features(model), each, progress)
     shown = np.concatenate((target, to_uint8(found.image[None])))  # (2, H, W, C)
     notes = about(model, prompt, seed, 0, {}) | {
         "shows": "target | projection", "error": f"{found.error:.3f}", "steps": str(steps)}

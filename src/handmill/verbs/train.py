@@ -109,6 +109,7 @@ def summary(recipe: Recipe, network: nn.Module, task: Task, progress: Progress, 
     return {
         "steps": progress.step, "seed": recipe.seed, "stopped_early": progress.stopped,
         "items": progress.step * recipe.training.batch * task.items, "unit": task.unit, "measure": task.measure,
+        "training_measure": task.training_measure, "faults": progress.faults,
         "parameters": sum(p.numel() for p in network.parameters()),
         "loss": progress.loss, "validation_loss": min(progress.best, progress.validation),
         "best_step": progress.best_step,
@@ -130,7 +131,7 @@ def finish(out: Path, recipe: Recipe, network: nn.Module, run: Run, codec: Any, 
     parts = {f"data/{name}": prepared.folder / name for name in prepared.held_out_files()}
     shutil.rmtree(out / "data", ignore_errors=True)
     folders.write(out, recipe, weights, codec, parts, facts)
-    draw_curve(out / "metrics.jsonl", out / "loss.png", facts["measure"])
+    draw_curve(out / "metrics.jsonl", out / "loss.png", facts["measure"], facts["training_measure"])
 
 
 def closing(out: Path, task: Task, facts: dict[str, Any]) -> list[str]:
@@ -140,8 +141,10 @@ def closing(out: Path, task: Task, facts: dict[str, Any]) -> list[str]:
         f"trained {facts['steps']} steps, {facts['items']:,} {task.unit}, in {duration(actual['seconds'])}"
         + (" (stopped early)" if facts["stopped_early"] else f" (planned {duration(predicted['seconds'])})"),
         f"memory: {size(actual['memory_bytes'])} at most (planned {size(predicted['memory_bytes'])})",
-        f"loss {facts['loss']:.4f}, validation {facts['validation_loss']:.4f} {task.measure}"
+        f"loss {facts['loss']:.4f} {task.training_measure}".rstrip()
+        + f", validation {facts['validation_loss']:.4f} {task.measure}"
         + (f" (step {facts['best_step']}, whose weights are kept)" if 0 < facts["best_step"] < facts["steps"] else ""),
+        *(f"sent back     {fault}" for fault in facts["faults"]),
         f"model folder  {out}",
         f"loss curve    {out / 'loss.png'}",
         *picture,

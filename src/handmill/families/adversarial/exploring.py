@@ -99,8 +99,8 @@ def travel(generator: Any, z_keys: Tensor, condition: Condition, between: int, p
            closed: bool = True) -> Tensor:
     """Styles w (F, L, W) on a way through z_keys (K, Z), each of its own condition, `between` steps from key to key.
 
-    Where there are many styles an image, `walk` in w. Where there is one, it is z and the label: z walks on a sphere,
-    and what the labels give changes in proportion.
+    With more than one style an image, `walk` in w. With one, w is made of z and the label: z goes as `walk_z` does, and
+    what the labels give changes in proportion.
     """
     if generator.layers > 1:
         return walk(styles(generator, z_keys, condition, psi), between, closed)
@@ -118,18 +118,18 @@ def walk(w_keys: Tensor, between: int, closed: bool = True) -> Tensor:
     and the step after the last leads to the first; open, F = (K - 1) * between + 1.
     """
     assert len(w_keys) > 1, w_keys.shape
-    keys = w_keys.flatten(1).double()  # (K, n)
-    curve = _spline(keys, torch.arange(FINE, device=keys.device).double() / FINE, closed)  # (K or K - 1, FINE, n)
+    keys = w_keys.flatten(1).cpu().double()  # (K, n); not every device has float64
+    curve = _spline(keys, torch.arange(FINE).double() / FINE, closed)  # (K or K - 1, FINE, n)
     curve = torch.cat((curve, (keys.roll(-1, 0) if closed else keys[1:])[:, None]), 1)  # (.., FINE + 1, n)
     lengths = F.pad(curve.diff(dim=1).norm(dim=2).cumsum(1), (1, 0))  # (.., FINE + 1)
-    wanted = lengths[:, -1:] * torch.arange(between, device=keys.device) / between  # (.., between)
+    wanted = lengths[:, -1:] * torch.arange(between) / between  # (.., between)
     place = torch.searchsorted(lengths, wanted.contiguous(), right=True).clamp(1, FINE)
     low, high = lengths.gather(1, place - 1), lengths.gather(1, place)
     share = ((wanted - low) / (high - low).clamp(min=1e-12))[..., None]
-    row = torch.arange(len(curve), device=keys.device)[:, None]
+    row = torch.arange(len(curve))[:, None]
     frames = torch.lerp(curve[row, place - 1], curve[row, place], share).flatten(0, 1)  # (F, n)
     frames = frames if closed else torch.cat((frames, keys[-1:]))
-    return frames.to(w_keys.dtype).unflatten(1, w_keys.shape[1:])
+    return frames.to(w_keys).unflatten(1, w_keys.shape[1:])
 
 
 def walk_z(z_keys: Tensor, between: int, closed: bool = True) -> Tensor:
@@ -149,7 +149,7 @@ def _spline(keys: Tensor, t: Tensor, closed: bool) -> Tensor:
     Its second derivatives m at the keys satisfy m_(i-1) + 4 m_i + m_(i+1) = 6 (k_(i-1) - 2 k_i + k_(i+1)).
     """
     count = len(keys)
-    unit = torch.eye(count, dtype=keys.dtype, device=keys.device)
+    unit = torch.eye(count, dtype=keys.dtype)
     around = unit.roll(1, 1) + unit.roll(-1, 1)
     system, bend = around + 4 * unit, 6 * (around - 2 * unit) @ keys
     if not closed:
@@ -162,12 +162,14 @@ def _spline(keys: Tensor, t: Tensor, closed: bool) -> Tensor:
 
 
 def project(generator: Any, image: Tensor, condition: Condition, steps: int = 500, seed: int = 0,
-            features: Callable[[Tensor], Tensor] | None = None, progress: bool = False) -> Projection:
+            features: Callable[[Tensor], Tensor] | None = None, each: bool = False,
+            progress: bool = False) -> Projection:
     """The w whose image is nearest to `image` (C, *S) in [-1, 1], by Adam from the nearest of many samples.
 
     `condition` holds one row, "label" (1,), or nothing: any class. Near is by pixels on every scale, and by `features`,
-    (B, C, *S) -> (B, D) of about unit variance, where given. The noise of the layers is 0. Each layer has a style of
-    its own, so that images come near which no z makes.
+    (B, C, *S) -> (B, D) of about unit variance, where given. The noise of the layers is 0. All layers share one style,
+    as in samples, so that the error tells what the generator makes from what it does not; with `each`, every layer has
+    its own, and images come near that no z makes.
     """
     assert image.shape == generator.shape, (image.shape, generator.shape)
     assert not generator.training
@@ -176,7 +178,8 @@ def project(generator: Any, image: Tensor, condition: Condition, steps: int = 50
     centre, deviation = w.mean(0), w.std(0).clamp(min=1e-6)
     quiet = w.new_zeros(1, *generator.noise_shape)
     far = distance(rendered(generator, w[:TRIED], quiet))  # (TRIED,)
-    u = ((w[far.topk(STARTS, largest=False).indices] - centre) / deviation).requires_grad_()  # (STARTS, L, W)
+    w = w[far.topk(STARTS, largest=False).indices]  # (STARTS, L, W)
+    u = ((w - centre) / deviation)[:, :generator.layers if each else 1].requires_grad_()  # (STARTS, 1 or L, W)
     quiet, history = quiet.expand(STARTS, -1), []
     optimizer = AdamW([{"params": [u]}], RATE)
     for step in tqdm(range(steps), desc="projection", disable=not progress):
