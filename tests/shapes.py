@@ -4,10 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
+from handmill import folder as folders
+from handmill import media
 from handmill import recipe as recipes
+from handmill.networks import build
 from handmill.recipe import Recipe
+from handmill.verbs.setup import fit
 from handmill.verbs.train import train
 
 CLASSES = ("cross", "disc", "square")
@@ -45,8 +50,18 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "unet": {"kind": "unet", "width": 16, "multipliers": [1, 2], "blocks": 1, "head_width": 16, "groups": 4},
     "dit": {"kind": "dit", "width": 32, "layers": 2, "heads": 2, "patch": 2},
     "prior": {"kind": "decoder", "layers": 1, "width": 32, "heads": 2, "context": 16},
+    "dcgan": {"kind": "dcgan", "latent": 8, "width": 8, "most": 16},
+    "cgan": {"kind": "dcgan", "latent": 8, "width": 8, "most": 16, "conditional": True, "discriminator_norm": "none"},
+    "stylegan2": {"kind": "stylegan2", "latent": 8, "style": 8, "mapping": 2, "width": 8, "most": 8,
+                  "discriminator_width": 8, "conditional": True, "style_average": 0.9},
 }
-FAMILIES = {"unet": "diffusion", "dit": "diffusion", "prior": "autoregressive"}
+NETWORKS["coded"] = NETWORKS["cgan"] | {"first": 2}
+FAMILIES = {"unet": "diffusion", "dit": "diffusion", "prior": "autoregressive", "dcgan": "adversarial",
+            "cgan": "adversarial", "stylegan2": "adversarial", "coded": "adversarial"}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "cgan": {"loss": "hinge", "r1": 1.0, "r1_every": 4},
+    "stylegan2": {"r1": 1.0, "r1_every": 4, "path_length": 2.0, "path_every": 4, "mixing": 0.9, "augment": ["flip"]},
+}
 
 
 def table(network: str, images: Path, codec: Path | None = None, **training: Any) -> dict[str, Any]:
@@ -58,7 +73,7 @@ def table(network: str, images: Path, codec: Path | None = None, **training: Any
     return {"name": network, "medium": "image", "family": FAMILIES.get(network, "variational"), "data": data,
             "codec": {"kind": "model", "path": str(codec)} if codec else {"kind": "pixels"},
             "network": NETWORKS[network], "training": settings,
-            "objective": {} if network in FAMILIES else {"likelihood": "gaussian"},
+            "objective": OBJECTIVES.get(network, {}) if network in FAMILIES else {"likelihood": "gaussian"},
             "check": {"samples": 24, "images": 12, "importance": 4},
             "sampling": {"steps": 4} if FAMILIES.get(network) == "diffusion" else {}}
 
@@ -70,3 +85,16 @@ def recipe_of(network: str, images: Path, codec: Path | None = None, **training:
 def trained(runs: Path, network: str, images: Path, codec: Path | None = None, **training: Any) -> Path:
     """The model folder of a run of some steps."""
     return train(recipe_of(network, images, codec, **training), runs / network, quiet=True)
+
+
+def written(path: Path, network: str, images: Path, codec: Path | None = None) -> Path:
+    """A model folder of random weights, without training."""
+    recipe = recipe_of(network, images, codec)
+    prepared = media.prepare(recipe, path.parent / ".prepared", progress=False)
+    made = fit(recipe, prepared, torch.device("cpu"))
+    torch.manual_seed(recipe.seed)
+    weights = folders.weights_of(build(recipe.network, made))
+    weights = {name: weight + 0.1 * torch.randn_like(weight) for name, weight in weights.items()}
+    parts = {f"data/{name}": prepared.folder / name for name in prepared.held_out_files()}
+    folders.write(path, recipe, weights, made, parts, {"seed": recipe.seed, "fingerprint": prepared.fingerprint})
+    return path

@@ -174,7 +174,8 @@ def test_a_run_that_is_judged_lost_goes_back_to_its_best(tmp_path: Path, capsys:
     progress = run.train()
     said = capsys.readouterr().err
     assert progress.step == training.steps
-    assert progress.faults == ["step 300: collapsed: made up for this test"]
+    (fault,) = progress.faults
+    assert fault.startswith("step 300: collapsed: made up for this test; went back to step ")
     assert progress.slowed == 0.5
     assert progress.shift == 300 - int(said.partition("best checkpoint, of step ")[2].partition(";")[0])
     assert progress.seconds["train"] > 0
@@ -213,7 +214,8 @@ def test_a_run_lost_again_and_again_ends_with_its_best(tmp_path: Path, capsys: p
     progress = run.train()
     assert progress.stopped
     assert len(progress.faults) == 4
-    assert f"the weights of step {progress.best_step} are kept" in capsys.readouterr().err
+    assert f"training ends here, the weights of step {progress.best_step} are kept" in capsys.readouterr().err
+    assert "ended" in progress.faults[-1]
 
 
 def slope_by_differences(network: nn.Module, x: Tensor, step: float = 1e-5) -> Tensor:

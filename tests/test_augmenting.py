@@ -263,7 +263,6 @@ def test_shapes_follow_without_data() -> None:
         found = augment(x, torch.rand(4, DRAWS))
         gradient, = torch.autograd.grad(found.square().sum(), x, create_graph=True)
         gradient.square().sum().backward()
-        augment.watch(torch.randn(4))
         assert found.shape == x.shape == gradient.shape
 
 
@@ -396,49 +395,29 @@ def test_p_follows_a_sequence_made_by_hand() -> None:
 
 def test_watching_adapts_every_few_calls() -> None:
     augment = Augment(target=0.6, horizon=1000)
-    known, mixed = torch.full((25,), 2.0), torch.cat((torch.full((10,), 3.0), torch.full((15,), -0.1)))
+    known, mixed = (1.0, 25), (-0.2, 25)  # of 10 scores above 0 and 15 below
     for call in range(1, EVERY + 1):
-        augment.watch(known)
+        augment.watch(*known)
         assert augment.p.item() == pytest.approx(0.1 if call == EVERY else 0.0)
     for _ in range(EVERY):
         assert augment.p.item() == pytest.approx(0.1)
-        augment.watch(mixed)
+        augment.watch(*mixed)
     assert augment.p.item() == 0.0
     assert augment.signs.item() == augment.seen.item() == augment.calls.item() == 0.0
-    augment.watch(torch.full((5,), math.nan))
+    augment.watch(math.nan, 5)
     assert augment.p.isfinite()
 
 
 def test_it_resumes_from_its_state() -> None:
-    scores = picture(40, 16) + 0.65
+    signs = (picture(40, 16) + 0.65).sign().mean(1).tolist()
     straight, first, second = (Augment(horizon=500) for _ in range(3))
-    for each in scores:
-        straight.watch(each)
-    for each in scores[:18]:
-        first.watch(each)
+    for each in signs:
+        straight.watch(each, 16)
+    for each in signs[:18]:
+        first.watch(each, 16)
     second.load_state_dict(first.state_dict())
-    for each in scores[18:]:
-        second.watch(each)
+    for each in signs[18:]:
+        second.watch(each, 16)
     assert 0 < straight.p < 0.8
     assert all(torch.equal(a, b) for a, b in zip(straight.buffers(), second.buffers(), strict=True))
     assert {b.dtype for b in straight.buffers()} == {torch.float32}
-
-
-def test_processes_share_their_signs() -> None:
-    """Two processes with halves of a batch do as one does with the whole."""
-    scores = picture(EVERY * 3, 16) + 0.6
-    whole = Augment(horizon=500)
-    for each in scores:
-        whole.watch(each)
-
-    other = torch.zeros(2)
-
-    def total(mine: Tensor) -> Tensor:
-        return mine + other
-
-    half = Augment(horizon=500, total=total)
-    for each in scores:
-        other = torch.stack((each[7:].sign().sum(), torch.tensor(9.0)))
-        half.watch(each[:7])
-    assert torch.equal(whole.p, half.p)
-    assert whole.p > 0

@@ -8,6 +8,7 @@ import judged
 import matplotlib.image
 import numpy as np
 import pytest
+import shapes
 import tiny_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,6 +155,24 @@ def test_evaluations_are_as_often_as_the_network_runs(tmp_path, kind, sampling):
     model.network.register_forward_hook(lambda module, given, out: rows.append(len(given[0])))
     images(model, ["bar", "dot"], seed=1)
     assert verb.evaluations(model) == sum(rows) / 2
+
+
+def test_a_generator_stands_beside_an_autoencoder(tmp_path):
+    drawn = shapes.folder(tmp_path / "shapes", 10)
+    paths = [shapes.written(tmp_path / kind, kind, drawn) for kind in ("vae", "cgan", "stylegan2")]
+    for path, distance in zip(paths, (5.0, 2.0, 5.25), strict=True):
+        judged.check(path, distance, likelihood={"missing": "not defined for this family"})
+    result = compare(paths, tmp_path / "out", check=False, progress=False)
+    assert row(result, "network evaluations")["cells"][:3] == ["1", "1", "1"]
+    assert all(cell.endswith(("ms", "s")) for cell in row(result, "time per sample")["cells"][:3])
+    assert row(result, "Fréchet")["best"] == 1
+    assert "cgan: likelihood not defined for this family." in result["notes"]
+    rendered = []
+    model = folder.load(paths[2])
+    render = model.network.render
+    model.network.render = lambda w, noise: rendered.append(len(w)) or render(w, noise)
+    images(model, ["disc", "cross"], seed=1)
+    assert verb.evaluations(model) == sum(rendered) / 2
 
 
 @pytest.mark.parametrize(("change", "said"), [

@@ -8,6 +8,7 @@ from pathlib import Path
 import judged
 import numpy as np
 import pytest
+import shapes
 
 from handmill import folder, page, recipe
 from handmill.card import NOT_CHECKED, sections
@@ -137,6 +138,39 @@ def test_an_autoencoder_of_codes_is_not_said_to_make_images(tmp_path):
     assert "It makes images" not in markdown
     assert "21 of 32, perplexity 17.2" in markdown
     assert "500 reconstructions of held-out images beside" in markdown
+
+
+def test_card_of_a_generator_tells_its_game_and_what_went_wrong(tmp_path):
+    path = shapes.written(tmp_path / "stylegan2", "stylegan2", shapes.folder(tmp_path / "shapes", 10))
+    fault = "step 300: collapsed: coverage fell from 0.81 (step 200) to 0.10 and recall from 0.60 to 0.00"
+    folder.record(path, "training", {"steps": 1000, "faults": [fault]})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(
+        {"step": 50 * i, "validation_loss": 100 / i, "validation_coverage": i / 64, "validation_recall": i / 128,
+         "validation_precision": 0.5}) + "\n" for i in range(1, 31)))
+    check = judged.check(path)
+    for what in ("truncation", "interpolation"):
+        check["pictures"][what] = f"samples/{what}.png"
+        pictures.save_png(path / check["pictures"][what], np.zeros((4, 4, 1), np.uint8))
+    check["fidelity"]["generated"] |= {"coverage": judged.figure(0.089), "recall": judged.figure(0.0)}
+    judged.check(path, fidelity=check["fidelity"], pictures=check["pictures"])
+    markdown, html = written(path)
+    for said in ("## Generator and discriminator", "| loss | non-saturating (Goodfellow et al. 2014) |", fault,
+                 "| gradient penalty | none |", "| R1 penalty | 1, every 4 steps (Mescheder et al. 2018) |",
+                 "| path length penalty | 2, every 4 steps (Karras et al. 2020) |", "| images of two styles | 90% |",
+                 "discriminator sees | flip, as far", "30 times in training, 12 of them here",
+                 "Found in training, and what was done", "| step | coverage | recall | precision | Fréchet distance |",
+                 "| 50 | 0.016 | 0.008 | 0.500 | 100.000 |", "| 1,500 | 0.469 | 0.234 | 0.500 | 3.333 |",
+                 "1 as trained, towards 0 nearer to the centre", "from one sample to another, a row each",
+                 "does not call it good", "variety is lost: coverage is 0.089 against"):
+        assert said in markdown, said
+    for file in check["pictures"].values():
+        assert f"]({file})" in markdown
+    assert html.count("data:image/png;base64,") >= 5
+    (path / "metrics.jsonl").unlink()
+    folder.record(path, "training", {"steps": 1000, "faults": []})
+    markdown = written(path)[0]
+    assert "Not recorded: the evaluations in training." in markdown
+    assert "what was done" not in markdown
 
 
 def test_exports_show_the_worst_graph(copy):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shapes
 import tiny_images
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ runtime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 FILES = {"asked": ["encoder", "decoder"], "vq": ["encoder", "decoder"], "unet": ["denoiser"], "dit": ["denoiser"],
-         "latents": ["denoiser", "encoder", "decoder"], "prior": ["encoder", "decoder"]}
+         "latents": ["denoiser", "encoder", "decoder"], "prior": ["encoder", "decoder"],
+         "cgan": ["generator"], "stylegan2": ["generator"], "coded": ["generator", "encoder", "decoder"]}
 # no classes, so no label; DDPM's schedule, whose largest sigma is 157
 PLAIN: dict[str, Any] = {"classes": (), "objective": {"parameterisation": "noise", "schedule": "linear"}}
 
@@ -43,9 +45,20 @@ PLAIN: dict[str, Any] = {"classes": (), "objective": {"parameterisation": "noise
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Model]:
     """The kind of a model folder, and the folder with its ONNX export."""
     settings = PLAIN if request.param == "dit" else {}
-    path = tiny_images.write(tmp_path_factory.mktemp("onnx") / request.param, request.param, **settings)
+    home = tmp_path_factory.mktemp("onnx")
+    if "generator" in FILES[request.param]:
+        path = adversarial(home, request.param)
+    else:
+        path = tiny_images.write(home / request.param, request.param, **settings)
     export(path, "onnx")
     return request.param, folder.load(path)
+
+
+def adversarial(home: Path, kind: str) -> Path:
+    """A model folder of the adversarial family, beside the autoencoder whose codes "coded" makes."""
+    drawn = shapes.folder(home / "shapes", 10)
+    codec = shapes.written(home / "map", "map", drawn) if kind == "coded" else None
+    return shapes.written(home / kind, kind, drawn, codec)
 
 
 def open_graph(file: Path) -> Callable[..., list[np.ndarray[Any, Any]]]:
@@ -95,8 +108,9 @@ def test_the_readmes_program_runs_without_handmill(exported: tuple[str, Model],
     assert len(program) == 1
     assert "handmill" not in program[0]
     monkeypatch.chdir(target)
-    monkeypatch.setattr(np.random, "standard_normal",
-                        lambda size: normal(draw(3, "sample", 0), torch.arange(4), tuple(size[1:])).numpy())
+    places, turns = torch.arange(4), {getattr(model.network, "noise_shape", None): 1}  # else the first noise
+    monkeypatch.setattr(np.random, "standard_normal", lambda size: normal(
+        draw(3, "sample", turns.get(tuple(size[1:]), 0)), places, tuple(size[1:])).numpy())
     monkeypatch.setattr(np.random, "gumbel", lambda size: np.zeros(size))  # so the likeliest code
     made: dict[str, Any] = {}
     exec(program[0], made)
@@ -104,8 +118,10 @@ def test_the_readmes_program_runs_without_handmill(exported: tuple[str, Model],
         expected = variational.reconstruct(model.network, model.recipe.objective, torch.zeros(4, 1, 16, 16), {})
         assert np.abs(made["again"] - expected.numpy()).max() < 1e-5
         return
-    settings = {"prior": {"temperature": 0.0}, "asked": {}}.get(kind, {"sampler": "euler"})
-    images = generate(model, [""] * 4, seed=3, **settings)
+    told = FILES[kind][0] == "generator"
+    settings = {"prior": {"temperature": 0.0}, "asked": {}}.get(kind, {} if told else {"sampler": "euler"})
+    asked = [model.codec.classes[i % 3] for i in range(4)] if told else [""] * 4
+    images = generate(model, asked, seed=3, **settings)
     assert apart(to_uint8(torch.tensor(made["images"])), images) <= 1
 
 
@@ -131,6 +147,8 @@ def test_the_graphs_are_the_network(exported: tuple[str, Model], rows: int) -> N
         np.testing.assert_allclose(denoised, denoiser(x, sigma, asked), rtol=1e-5, atol=1e-4 if kind == "dit" else 1e-5)
         if asked:  # and the label says something
             assert np.abs(denoised - denoiser(x, sigma, {}).numpy()).max() > 1e-4
+    if "generator" in FILES[kind]:
+        check_generator(model, generator, rows)
     if "encoder" in FILES[kind]:
         asked = asked if kind == "asked" else {}
         expected = encoded(kind, model, images, asked)
@@ -142,10 +160,29 @@ def test_the_graphs_are_the_network(exported: tuple[str, Model], rows: int) -> N
         assert np.abs(back - decoded(kind, model, expected[0], asked).numpy()).max() < 1e-5
 
 
+def check_generator(model: Model, source: torch.Generator, rows: int) -> None:
+    network: Any = model.network
+    z, noise = (torch.randn(rows, *shape, generator=source) for shape in (network.latent_shape, network.noise_shape))
+    label, psi = torch.arange(rows) % 3, torch.linspace(0, 2, rows)
+    given = {"latent": z, "noise": noise, "truncation": psi, "label": label}
+    run = open_graph(model.path / "exports" / "onnx" / "generator.onnx")
+    inputs = [entry.name for entry in onnx.load(model.path / "exports/onnx/generator.onnx").graph.input]
+    assert inputs == ["latent", *(["noise"] if network.noise_shape[0] else []), "truncation", "label"]
+    (made,) = run(**{name: given[name] for name in inputs})
+    condition = {"label": label}
+    for i in range(rows):  # each by the network alone, with a number for psi
+        one = {"label": label[i:i + 1]}
+        w = network.truncated(network.map(z[i:i + 1], one), one, float(psi[i]))
+        np.testing.assert_allclose(made[i:i + 1], network.render(w, noise[i:i + 1]), atol=1e-5)
+    plain, _ = network(z, condition, noise)
+    full = run(**{name: (given | {"truncation": torch.ones(rows)})[name] for name in inputs})[0]
+    np.testing.assert_allclose(full, plain, atol=1e-5)
+
+
 def encoded(kind: str, model: Model, images: Tensor, asked: dict[str, Tensor]) -> tuple[Tensor, ...]:
     if kind == "asked":
         return variational.posterior(model.network, images, asked)
-    if kind == "latents":
+    if kind in ("latents", "coded"):
         return (model.codec.encode(images),)
     if kind == "prior":
         return (model.codec.encode(images).view(-1, *model.codec.shape),)
@@ -153,7 +190,7 @@ def encoded(kind: str, model: Model, images: Tensor, asked: dict[str, Tensor]) -
 
 
 def decoded(kind: str, model: Model, codes: Tensor, asked: dict[str, Tensor]) -> Tensor:
-    if kind in ("latents", "prior"):
+    if kind in ("latents", "coded", "prior"):
         images: Tensor = model.codec.decode(codes)
         return images
     way = variational.images if kind == "asked" else variational.from_codes
@@ -166,8 +203,10 @@ def test_onnx_runtime_makes_the_same_images(exported: tuple[str, Model]) -> None
         with pytest.raises(UserError, match="has no prior"):
             generate(model, [""], runtime="onnx")
         return
-    prompts = ["", "ring", "bar", "bar", "dot"] if model.codec.classes else [""] * 5
-    for settings in ({"clip": 1.0}, {"sampler": "heun", "guidance": 2.5}) if "denoiser" in FILES[kind] else ({},):
+    prompts = [model.codec.classes[i] if i >= 0 else "" for i in (-1, 2, 0, 0, 1)] if model.codec.classes else [""] * 5
+    ways: dict[str, list[dict[str, Any]]] = {"denoiser": [{"clip": 1.0}, {"sampler": "heun", "guidance": 2.5}],
+                                             "generator": [{}, {"truncation": 0.7}]}
+    for settings in ways.get(FILES[kind][0], [{}]):
         expected = generate(model, prompts, seed=7, **settings)
         made = generate(model, prompts, runtime="onnx", seed=7, **settings)
         assert made[0].shape == (16, 16, 1)
@@ -224,7 +263,9 @@ def record(model: Model) -> None:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     home = tmp_path_factory.mktemp("compared")
-    return {kind: tiny_images.load(home / kind, kind) for kind in ("dit", "asked", "vq", "fsq", "latents")}
+    made = {kind: tiny_images.load(home / kind, kind) for kind in ("dit", "asked", "vq", "fsq", "latents")}
+    drawn = shapes.folder(home / "shapes", 10)
+    return made | {kind: folder.load(shapes.written(home / kind, kind, drawn)) for kind in ("cgan", "stylegan2")}
 
 
 def compared(model: Model, file: str, wrong: Callable[..., tuple[Tensor, ...]]) -> dict[str, Any]:
@@ -261,6 +302,18 @@ def without_label(graph: Graph, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]
     return right(graph, inputs | {"label": torch.full_like(inputs["label"], 3)})
 
 
+def other_label(graph: Graph, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return right(graph, inputs | {"label": (inputs["label"] + 1) % 3})
+
+
+def without_noise(graph: Graph, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return right(graph, inputs | {"noise": torch.zeros_like(inputs["noise"])})
+
+
+def as_trained(graph: Graph, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return right(graph, inputs | {"truncation": torch.ones_like(inputs["truncation"])})
+
+
 def next_code(graph: Graph, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return tuple((v + 1) % graph.module.network.vocabulary for v in right(graph, inputs))  # type: ignore[union-attr]
 
@@ -275,6 +328,9 @@ def no_code(graph: Graph, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     ("asked", "encoder", without_label), ("asked", "decoder", without_label), ("asked", "decoder", a_little),
     ("latents", "encoder", a_little), ("latents", "decoder", a_little), ("latents", "decoder", not_a_number),
     ("vq", "encoder", next_code), ("vq", "encoder", no_code), ("fsq", "encoder", next_code),
+    ("cgan", "generator", a_little), ("cgan", "generator", not_a_number), ("cgan", "generator", other_label),
+    ("cgan", "generator", as_trained), ("stylegan2", "generator", without_noise),
+    ("stylegan2", "generator", as_trained), ("stylegan2", "generator", first_of_the_batch),
     ("fsq", "encoder", no_code), ("vq", "decoder", a_little), ("fsq", "decoder", not_a_number)])
 def test_every_fault_is_seen(models: dict[str, Model], kind: str, file: str, fault: Any) -> None:
     assert compared(models[kind], file, right)["largest_error"] < 1e-5

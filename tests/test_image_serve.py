@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shapes
 import tiny
 import tiny_images
 import torch
@@ -42,6 +43,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     home = tmp_path_factory.mktemp("served")
     made = {kind: tiny_images.load(home / kind, kind) for kind in ("unet", "asked", "latents", "prior", "vq")}
     made["plain"] = tiny_images.load(home / "plain", "gaussian", classes=())
+    drawn = shapes.folder(home / "shapes", 10)
+    made |= {kind: folder.load(shapes.written(home / kind, kind, drawn)) for kind in ("dcgan", "stylegan2")}
     return made | {"text": tiny.load(home / "text")}
 
 
@@ -112,14 +115,27 @@ def test_text_and_images_are_served_together(client: Any, models: dict[str, Mode
 
 # what an answer holds
 
-@pytest.mark.parametrize("kind", ["unet", "asked", "latents", "prior", "plain"])
+@pytest.mark.parametrize("kind", ["unet", "asked", "latents", "prior", "plain", "dcgan", "stylegan2"])
 def test_every_family_answers_as_generate_does(address: str, models: dict[str, Model], kind: str) -> None:
     """And one after another in passes of 16: nothing depends on how a request is cut."""
-    prompt = "" if kind == "plain" else "dot"
+    prompt = {"plain": "", "dcgan": "", "stylegan2": "disc"}.get(kind, "dot")
     made = images(ask(address, model=kind, prompt=prompt, n=18, seed=2)).astype(int)
     expected = np.array(generate(models[kind], [prompt] * 18, seed=2)).astype(int)
     assert np.abs(made - expected).max() <= 1
     assert len(np.unique(made, axis=0)) == 18
+
+
+def test_truncation_is_asked_for(address: str, models: dict[str, Model]) -> None:
+    one = {"model": "stylegan2", "label": 1, "n": 3, "seed": 2}
+    made = images(ask(address, truncation=0.5, **one)).astype(int)
+    expected = np.array(generate(models["stylegan2"], ["disc"] * 3, seed=2, truncation=0.5)).astype(int)
+    assert np.abs(made - expected).max() <= 1
+    assert (made != images(ask(address, **one))).any()
+    usual = images(ask(address, model="dcgan", truncation=0, n=3, seed=2))
+    assert (usual == usual[0]).all()
+    notes = ask(address, truncation=0.5, **one).json()["data"][0]["b64_json"]
+    shown = Image.open(io.BytesIO(base64.b64decode(notes))).text["recipe"]  # type: ignore[attr-defined]
+    assert "truncation = 0.5" in shown
 
 
 def test_the_seed_decides(address: str) -> None:
@@ -200,6 +216,11 @@ def test_the_png_holds_the_pixels(channels: int) -> None:
     ({"partial_images": 2}, 400, "partial_images"), ({"guidence": 2}, 400, "did you mean guidance?"),
     ({"image": "abc"}, 400, "image is not supported here"), ({"model": None}, 400, "model"),
     ({"model": "other"}, 404, "there is no model 'other'"), ({"model": "text"}, 400, "at /v1/completions"),
+    ({"model": "stylegan2", "truncation": 5}, 400, "truncation: Input should be less than or equal to 2"),
+    ({"model": "stylegan2", "truncation": -0.5}, 400, "truncation: "), ({"truncation": 1}, 400, "truncation is no"),
+    ({"model": "stylegan2", "temperature": 0.5}, 400, "temperature is no setting of this model, which has truncation"),
+    ({"model": "stylegan2", "prompt": "circle"}, 400, "'circle' is no class of this model: choose one of cross, disc"),
+    ({"model": "dcgan", "prompt": "disc"}, 400, "was not told classes"), ({"model": "dcgan", "n": 21}, 400, "above 20"),
     ({"model": "prior", "top_k": -1}, 400, "top_k"), ({"model": "prior", "guidance": 2}, 400, "guidance is no"),
 ])
 def test_requests_are_refused_clearly(address: str, fields: dict[str, Any], status: int, says: str) -> None:

@@ -32,6 +32,17 @@ def test_a_generator_that_repeats_itself_is_not() -> None:
     assert "samples fall short of real images in recall, coverage (worst: recall 0.000 against 0.950)" in found["text"]
 
 
+def test_thirty_images_over_and_over_lack_variety() -> None:
+    """Coverage 0.089 and recall 0, as measured of such a generator: the verdict says what is wrong."""
+    found = verdict(judged(precision=0.97, density=0.98, coverage=0.089, recall=0.0))
+    assert (found["good"], found["varied"]) == (False, False)
+    assert ("variety is lost: coverage is 0.089 against 0.950 of real images and recall is 0.000 against 0.950 of real "
+            "images, although precision is 0.970") in found["text"]
+    fine = verdict(judged())
+    assert (fine["good"], fine["varied"]) == (True, True)
+    assert "variety" not in fine["text"]
+
+
 def test_the_interval_counts_not_the_figure() -> None:
     assert verdict(judged(coverage=0.75 * 0.95 + 0.01))["good"] is False
     assert verdict(judged(coverage=0.75 * 0.95 + 0.03))["good"] is True
@@ -48,4 +59,4 @@ def test_what_was_not_measured_is_not_called_good() -> None:
     missing = {"missing": "not measured: check.samples is 0"}
     found = verdict({"samples": {"what": "samples"}, "fidelity": missing, "copying": missing,
                      "labels": {"missing": ""}})
-    assert (found["good"], found["like_real"], found["copies"]) == (False, None, None)
+    assert (found["good"], found["like_real"], found["varied"], found["copies"]) == (False, None, None, None)

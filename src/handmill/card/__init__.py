@@ -86,7 +86,7 @@ def _training(path: Path, training: dict[str, Any], report: dict[str, Any]) -> l
     rows: list[Row] = [
         ("steps", number(training.get("steps")) + early),
         (unit, number(items) + passes), ("time", facts.seconds(training.get("seconds"))),
-        ("last training loss", facts.loss(training.get("loss"), measure)),
+        ("last training loss", facts.loss(training.get("loss"), training.get("training_measure") or measure)),
         ("last validation loss", facts.loss(training.get("validation_loss"), measure)),
         *((name, str(training.get(key, "not recorded"))) for name, key in
           (("seed", "seed"), ("precision", "precision"), ("compiled", "compile"), ("processes", "processes"))),

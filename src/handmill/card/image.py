@@ -11,13 +11,22 @@ from handmill.checks.verdict import carried_lines, percent
 from handmill.families import tensors
 from handmill.page import Block, Points, Section, Table, Text
 from handmill.recipe import Recipe
+from handmill.training import curve
 
 DATA, SEEN = "images", "Beside images it has not seen"
 NEAREST = "nearest training images"  # the picture of suspicious samples
 _CLASSES = 20  # named
+_EVALUATIONS = 12  # of training, shown
+_LOSSES = {"nonsaturating": "non-saturating (Goodfellow et al. 2014)", "hinge": "hinge (Lim and Ye 2017)",
+           "wasserstein": "Wasserstein (Arjovsky et al. 2017)"}
+_HISTORY = {"coverage": "validation_coverage", "recall": "validation_recall", "precision": "validation_precision",
+            "Fréchet distance": "validation_loss"}
 _SHOWN = {"samples": "Samples, the classes in their order", "held out": "Real images held out, to compare with",
           "reconstructions": "Held-out images and what the model makes of them",
-          "interpolation": "On the way from one held-out image to another", "latent map": "What the latent's units do"}
+          "interpolation": "On the way from one held-out image to another", "latent map": "What the latent's units do",
+          "truncation": "The same samples at several truncations: 1 as trained, towards 0 nearer to the centre of what "
+                        "it knows, above 1 further out"}
+_OF_A_GENERATOR = {"interpolation": "On the way from one sample to another, a row each, of one class where it has any"}
 
 
 def head(path: Path, recipe: Recipe) -> list[Row]:
@@ -71,8 +80,9 @@ def data(path: Path, report: dict[str, Any]) -> list[Block]:
 
 
 def measured(path: Path, recipe: Recipe, check: dict[str, Any]) -> list[Section]:
-    """What the check found."""
-    return [Section("Quality beside real images", _quality(check) if check else [Text(NOT_CHECKED)]),
+    """How an adversarial training went, and what the check found."""
+    return [*_taught(path, recipe),
+            Section("Quality beside real images", _quality(check) if check else [Text(NOT_CHECKED)]),
             Section("Copying from the training images", _copying(path, check) if check else [Text(NOT_CHECKED)]),
             Section("Samples", _samples(path, recipe, check))]
 
@@ -125,6 +135,47 @@ def _shares(classes: dict[str, Any]) -> list[Block]:
     if without := classes.get("unlabelled"):
         rows.append(("without a class", f"{without:,}"))
     return [Table(rows)]
+
+
+def _taught(path: Path, recipe: Recipe) -> list[Section]:
+    """The game of an adversarial model, how it went, and what went wrong in it."""
+    if recipe.family != "adversarial":
+        return []
+    faults = facts.read(path / "receipt.json").get("training", {}).get("faults")
+    wrong: list[Block] = [Text("Found in training, and what was done:"),
+                          Points([facts.public(fault) for fault in faults])] if faults else []
+    return [Section("Generator and discriminator", [
+        Text("Two networks taught each other: the discriminator to tell images from real ones, the generator, which "
+             "is the model, to be taken for real."), Table([("", ""), *_game(recipe.objective)]), *_history(path),
+        *wrong])]
+
+
+def _game(objective: Any) -> list[Row]:
+    """Losses and penalties, each with its weight and how often it is taken."""
+    o = objective
+    rows: list[tuple[str, Any, str]] = [
+        ("loss", o.loss, _LOSSES[o.loss]),
+        ("gradient penalty", o.gradient_penalty, f"{o.gradient_penalty:g} (Gulrajani et al. 2017)"),
+        ("R1 penalty", o.r1, f"{o.r1:g}, every {o.r1_every} steps (Mescheder et al. 2018)"),
+        ("path length penalty", o.path_length, f"{o.path_length:g}, every {o.path_every} steps (Karras et al. 2020)"),
+        ("steps of the discriminator", True,
+         f"{o.discriminator_steps} for each of the generator's, at {o.discriminator_rate:g} times its rate"),
+        ("images of two styles", o.mixing, f"{o.mixing:.0%}"),
+        ("changes to what the discriminator sees", o.augment, f"{', '.join(o.augment)}, as far as it overfits")]
+    return [(name, told if used else "none") for name, used, told in rows]
+
+
+def _history(path: Path) -> list[Block]:
+    """Figures of the evaluations in training, evenly spread over them."""
+    rows = [row for row in curve.read(path / "metrics.jsonl") if row.keys() >= set(_HISTORY.values())]
+    if not rows:
+        return [Text("Not recorded: the evaluations in training.")]
+    last, count = len(rows) - 1, min(len(rows), _EVALUATIONS)
+    chosen = [rows[round(i * last / max(1, count - 1))] for i in range(count)]
+    some = f", {count} of them here" if count < len(rows) else ""
+    lines: list[Row] = [(f"{row['step']:,}", *(f"{row[key]:.3f}" for key in _HISTORY.values())) for row in chosen]
+    return [Text(f"Samples beside real images, {len(rows):,} times in training{some}; without intervals."),
+            Table([("step", *_HISTORY), *lines])]
 
 
 def _quality(check: dict[str, Any]) -> list[Block]:
@@ -190,8 +241,9 @@ def _samples(path: Path, recipe: Recipe, check: dict[str, Any]) -> list[Block]:
         return [facts.picture(path, "samples/training.png", "Samples drawn during training, the classes in turn",
                               "None recorded: `handmill check` makes them.")]
     how = facts.sampling(check["samples"].get("sampling", {}))
+    shown = _SHOWN | (_OF_A_GENERATOR if recipe.family == "adversarial" else {})
     return [Text(f"Not chosen; made with seed {check['seed']} ({how})."),
-            *(facts.picture(path, file, _SHOWN.get(what, what), f"Not there any more: {what}.")
+            *(facts.picture(path, file, shown.get(what, what), f"Not there any more: {what}.")
               for what, file in drawn.items())]
 
 

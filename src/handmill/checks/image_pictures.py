@@ -39,7 +39,8 @@ def draw(ground: Any, made: NDArray[np.uint8], asked: NDArray[np.int64], copying
     if ground.model.recipe.family == "variational":
         found |= _latent(ground)
     if ground.model.recipe.family == "adversarial":
-        found |= {"truncation": truncations(ground.model, ground.seed), "interpolation": walks(ground.model, ground.seed)}
+        found["truncation"] = truncations(ground.model, ground.seed)
+        found["interpolation"] = walks(ground.model, ground.seed)
     folder: Path = ground.model.path / "samples"
     folder.mkdir(exist_ok=True)
     files = {what: f"samples/{what.replace(' ', '-')}.png" for what in found}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from handmill.checks.collapse import collapsed
 from handmill.checks.verdict import aligned, carried_lines, percent, shown
 
 ENOUGH = 0.75  # of what real images reach: less is not called good
@@ -15,15 +16,17 @@ def verdict(result: dict[str, Any]) -> dict[str, Any]:
     """Plain words and their grounds. None: could not be measured.
 
     `good` is true only where precision, recall, density and coverage are shown to reach ENOUGH of the floor's, where
-    samples show the class asked for as often in proportion, and where no copying is shown.
+    samples show the class asked for as often in proportion, where no loss of variety and no copying is shown.
     """
     what = result["samples"]["what"]
     alike, words = _alike(result["fidelity"], what)
+    lost = collapsed(result["fidelity"])
     obeys, said = _obeys(result["labels"], what)
     copies, told = _copies(result["copying"])
     known = [value for value in (alike, obeys, None if copies is None else not copies) if value is not None]
-    return {"text": "; ".join(part for part in (words, said, told) if part), "like_real": alike, "obeys": obeys,
-            "copies": copies, "good": alike is True and all(known)}
+    return {"text": "; ".join(part for part in (words, lost, said, told) if part), "like_real": alike,
+            "varied": None if alike is None else not lost, "obeys": obeys, "copies": copies,
+            "good": alike is True and not lost and all(known)}
 
 
 def _alike(fidelity: dict[str, Any], what: str) -> tuple[bool | None, str]:

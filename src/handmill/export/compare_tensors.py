@@ -20,6 +20,7 @@ from handmill.families.diffusion import noise_levels
 from handmill.folder import Model
 
 SIGMAS = 6  # compared, from the least to the largest that is sampled
+TRUNCATIONS = (0.0, 0.5, 0.7, 1.0, 1.5)  # compared
 PASS = 8  # items at once; the first goes alone, so that the batch is seen to be free
 
 Run = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
@@ -58,13 +59,16 @@ def compare(graph: Graph, run: Run, inputs: dict[str, Tensor]) -> dict[str, Any]
 def inputs_of(graph: Graph, model: Model, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """What a graph is compared on, by name: `images` (N, C, H, W) in [-1, 1] with `labels` (N,), or what they become.
 
-    A denoiser gets them at SIGMAS noise levels, a decoder what the encoder makes of them and as much from nothing.
+    A denoiser gets them at SIGMAS noise levels, a decoder what the encoder makes of them and as much from nothing, a
+    generator as many latents at every one of TRUNCATIONS.
     """
     first = next(iter(graph.inputs))
     if first == "images":
         return _with_labels(graph, {"images": images}, labels)
     if first == "x":
         return _noised(graph, model, images, labels)
+    if "truncation" in graph.inputs:
+        return _truncated(graph, model, labels)
     module: Any = graph.module
     with torch.no_grad():
         encoded = module.encoded(*_with_labels(graph, {"images": images}, labels).values())
@@ -82,6 +86,18 @@ def _noised(graph: Graph, model: Model, images: Tensor, labels: Tensor) -> dict[
     x = y + sigma.view(-1, *[1] * (y.ndim - 1)) * noise
     mixed = torch.arange(len(y)).view(SIGMAS, -1).T.flatten()  # so that a batch holds several sigmas
     return _with_labels(graph, {"x": x[mixed], "sigma": sigma[mixed]}, labels.repeat(SIGMAS)[mixed])
+
+
+def _truncated(graph: Graph, model: Model, labels: Tensor) -> dict[str, Tensor]:
+    """Standard normal latents and noise, every truncation in turn; the classes of `labels`, where one is asked for."""
+    count = len(TRUNCATIONS) * len(labels)
+    classes = max(1, len(model.codec.classes))
+    given = {"truncation": torch.tensor(TRUNCATIONS).repeat(len(labels)),
+             "label": (labels % classes).repeat_interleave(len(TRUNCATIONS))}
+    for i, (name, example) in enumerate(graph.inputs.items()):
+        given.setdefault(name, normal(draw(model.recipe.seed, "compare", i), torch.arange(count),
+                                      tuple(example.shape[1:])))
+    return {name: given[name] for name in graph.inputs}
 
 
 def _from_nothing(graph: Graph, model: Model, count: int) -> Tensor:

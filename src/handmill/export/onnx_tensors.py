@@ -2,10 +2,10 @@
 
     denoiser.onnx  diffusion: x (B, C, *S), sigma (B,) and label (B,) int64 to D(x, sigma, label) (B, C, *S)
     encoder.onnx   images (B, C, H, W) to codes: an autoencoder's "mean" and "log_variance" (B, *L) or its "codes"
-                   (B, *s) int64, a latent diffusion's normalised "codes" (B, C, *S)
+                   (B, *s) int64, the normalised "codes" (B, C, *S) of a model that works on them
     decoder.onnx   codes, or "latent" (B, *L), to images (B, C, H, W)
-    generator.onnx adversarial: latent (B, Z), where it has noise of its own noise (B, P), truncation (B,), and where
-                   it was told classes label (B,) int64, to images (B, C, H, W)
+    generator.onnx adversarial: latent (B, Z), noise (B, P) where it has any, truncation (B,) and label (B,) int64 to
+                   images (B, C, H, W), or to "codes"
 
 An autoregressive model of codes has encoder.onnx, decoder.onnx and the model.onnx of onnx_decoder.py.
 
@@ -54,7 +54,7 @@ class Denoise(nn.Module):
 
 
 class ToCodes(nn.Module):
-    """Images to the codes that a latent diffusion models."""
+    """Images to the codes that a diffusion or adversarial model is of."""
 
     def __init__(self, codec: Any) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class ToCodes(nn.Module):
 
 
 class FromCodes(ToCodes):
-    """The codes of a latent diffusion to images."""
+    """These codes to images."""
 
     encoded = ToCodes.forward
 
@@ -112,23 +112,28 @@ class Decode(Encode):
 
 
 class Generate(nn.Module):
-    """A latent to images, with what else the generator takes in the order of `inputs`."""
+    """A latent to images or codes, by a generator without noise of its own."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        network: Any = model.network
-        self.network = network
-        label = {"label": torch.arange(EXAMPLES) % network.classes} if network.classes else {}
-        noise = {"noise": torch.zeros(EXAMPLES, *network.noise_shape)} if network.noise_shape[0] else {}
-        self.inputs: dict[str, Tensor] = {
-            "latent": torch.zeros(EXAMPLES, *network.latent_shape), **noise, "truncation": torch.ones(EXAMPLES), **label}
+        self.network: Any = model.network
 
-    def forward(self, latent: Tensor, *others: Tensor) -> Tensor:
-        network, given = self.network, dict(zip(list(self.inputs)[1:], others, strict=True))
-        asked = _condition(given.get("label"))
-        w = network.truncated(network.map(latent, asked), asked, given["truncation"][:, None, None])  # (B, L, W)
-        images: Tensor = network.render(w, given.get("noise", latent[:, :0]))
-        return images
+    def forward(self, latent: Tensor, truncation: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.made(latent, latent[:, :0], truncation, label)
+
+    def made(self, latent: Tensor, noise: Tensor, truncation: Tensor, label: Tensor | None) -> Tensor:
+        network, asked = self.network, _condition(label)
+        w = network.truncated(network.map(latent, asked), asked, truncation[:, None, None])  # (B, L, W)
+        made: Tensor = network.render(w, noise)
+        return made
+
+
+class GenerateWithNoise(Generate):
+    """A latent and the noise of the layers to images or codes."""
+
+    def forward(self, latent: Tensor, noise: Tensor, truncation: Tensor,  # type: ignore[override]
+                label: Tensor | None = None) -> Tensor:
+        return self.made(latent, noise, truncation, label)
 
 
 def sigma_data(model: Model) -> float:
@@ -141,16 +146,12 @@ def graphs(model: Model) -> list[Graph]:
     codec = model.codec
     if model.recipe.family == "variational":
         return _autoencoder(model, bool(tensors.classes(model.recipe, codec)))
-    if model.recipe.family == "adversarial":
-        made_of = Generate(model)
-        return [Graph("generator.onnx", made_of, made_of.inputs, ("images",))]
     if model.recipe.family == "autoregressive":
         return _autoencoder(codec.model, False)
-    codes, sigma = torch.zeros(EXAMPLES, *codec.shape), torch.ones(EXAMPLES)
-    made = [Graph("denoiser.onnx", Denoise(model), {"x": codes, "sigma": sigma} | _labels(bool(codec.classes)),
-                  ("denoised",))]
-    if model.recipe.codec.kind == "model":
-        images = torch.zeros(EXAMPLES, *codec.model.network.shape)
+    coded = model.recipe.codec.kind == "model"
+    made = [_generator(model, coded) if model.recipe.family == "adversarial" else _denoiser(model)]
+    if coded:
+        images, codes = torch.zeros(EXAMPLES, *codec.model.network.shape), torch.zeros(EXAMPLES, *codec.shape)
         made += [Graph("encoder.onnx", ToCodes(codec), {"images": images}, ("codes",)),
                  Graph("decoder.onnx", FromCodes(codec), {"codes": codes}, ("images",))]
     return made
@@ -167,6 +168,20 @@ def _autoencoder(model: Model, asked: bool) -> list[Graph]:
             Graph("decoder.onnx", Decode(model), {name: latent} | _labels(asked), ("images",))]
 
 
+def _denoiser(model: Model) -> Graph:
+    inputs = {"x": torch.zeros(EXAMPLES, *model.codec.shape), "sigma": torch.ones(EXAMPLES)}
+    return Graph("denoiser.onnx", Denoise(model), inputs | _labels(bool(model.codec.classes)), ("denoised",))
+
+
+def _generator(model: Model, coded: bool) -> Graph:
+    network: Any = model.network
+    latent, truncation = torch.zeros(EXAMPLES, *network.latent_shape), torch.ones(EXAMPLES)
+    noise = {"noise": torch.zeros(EXAMPLES, *network.noise_shape)} if network.noise_shape[0] else {}
+    return Graph("generator.onnx", (GenerateWithNoise if noise else Generate)(model),
+                 {"latent": latent} | noise | {"truncation": truncation} | _labels(bool(network.classes)),
+                 ("codes" if coded else "images",))
+
+
 def write(graph: Graph, folder: Path) -> None:
     """Write a graph's file into `folder`. Raises UserError without the onnx extra."""
     batch = torch.export.Dim("batch")
@@ -180,9 +195,10 @@ def about(model: Model, made: list[Graph]) -> dict[str, Any]:
     height, width, channels = model.recipe.data.shape
     facts = {"format": FORMAT, "name": model.recipe.name, "opset": OPSET, "medium": "image",
              "family": model.recipe.family, "images": [channels, height, width],
-             "classes": list(tensors.classes(model.recipe, codec)), "no_label": len(codec.classes),
+             "classes": list(tensors.classes(model.recipe, codec)),
              "network": table["network"], "objective": table["objective"], "sampling": table["sampling"],
              "graphs": {graph.file: {"inputs": list(graph.inputs), "outputs": list(graph.outputs)} for graph in made}}
+    facts |= {"no_label": len(codec.classes)} if _none_asked(model) else {}
     match model.recipe.family:
         case "diffusion":
             low, high = noise_levels.ends(model.recipe.objective)
@@ -192,10 +208,9 @@ def about(model: Model, made: list[Graph]) -> dict[str, Any]:
         case "autoregressive":
             return onnx_decoder.about(model) | facts | {"shape": list(codec.shape), "length": codec.length,
                                                         "codes": codec.codes}
-        case "adversarial":
-            del facts["no_label"]
-            return facts | {"shape": list(model.network.latent_shape), "noise": list(model.network.noise_shape)}
     network: Any = model.network
+    if model.recipe.family == "adversarial":
+        return facts | {"shape": list(network.latent_shape), "noise": list(network.noise_shape)}
     return facts | {"shape": list(network.latent_shape), "codes": network.vocabulary}
 
 
@@ -210,17 +225,20 @@ def readme(model: Model, made: list[Graph]) -> str:
     if model.recipe.family == "autoregressive":
         lines.append("| model.onnx | tokens, padding and past, as export.json names them | logits, and the next past |")
     if tensors.classes(model.recipe, model.codec):
-        lines += ["", f"Classes count from 0 as in export.json; {len(model.codec.classes)} asks for none."]
-    return "\n".join([*lines, "", _WAY[_kind(model)], "", "```python", *_program(model, made), "```", "",
+        none = f"; {len(model.codec.classes)} asks for none" if _none_asked(model) else ", and one must be asked for"
+        lines += ["", f"Classes count from 0 as in export.json{none}."]
+    return "\n".join([*lines, "", _SAID[_kind(model)], "", "```python", *_program(model, made), "```", "",
                       "`export.json` holds the sizes and the comparison with the trained network; `codec.json` says "
                       "what the codes are.", ""])
 
 
-_WAY = {
+_SAID = {
     "diffusion": "`denoised` is the estimate of y in x = y + sigma n (Karras et al. 2022), for n standard normal; "
                  "what it leads to, by Euler's method:",
     "autoregressive": "An image is a row of codes, each drawn from what `model.onnx` expects after the class and the "
                       "codes before:",
+    "adversarial": "A standard normal latent becomes a new image; `truncation` is 1 for images as in training, below 1 "
+                   "for ones nearer to the centre of what the generator knows, and 0 for the centre itself:",
     "gaussian": "A standard normal latent becomes a new image; an image is described by `mean`, and comes back:",
     "codes": "An image becomes codes, and comes back from them:",
 }
@@ -252,6 +270,10 @@ for _ in range(about["length"]):
 codes = np.concatenate(codes, 1).reshape(n, *about["shape"])
 (images,) = decoder.run(None, {"codes": codes})"""
 
+_GENERATE = """latent = np.random.standard_normal((n, *about["shape"])).astype(np.float32)
+truncation = np.full(n, about["sampling"]["truncation"], np.float32)
+(GIVES,) = generator.run(None, {"latent": latent, "truncation": truncationNOISELABEL})"""
+
 _LATENT = """latent = np.random.standard_normal((n, *about["shape"])).astype(np.float32)
 (images,) = decoder.run(None, {"latent": latentLABEL})
 mean, log_variance = encoder.run(None, {"images": imagesLABEL})
@@ -261,25 +283,40 @@ _CODES = """images = np.zeros((n, *about["images"]), np.float32)
 (codes,) = encoder.run(None, {"images": imagesLABEL})
 (again,) = decoder.run(None, {"codes": codesLABEL})"""
 
+_WAYS = {"diffusion": _EULER, "autoregressive": _DRAW, "adversarial": _GENERATE, "gaussian": _LATENT, "codes": _CODES}
+
 
 def _program(model: Model, made: list[Graph]) -> list[str]:
     """A program that makes images, in numpy and ONNX Runtime alone."""
     files = [graph.file for graph in made] + ["model.onnx"] * (model.recipe.family == "autoregressive")
     parts = [_HEAD, *(f'{file.removesuffix(".onnx")} = onnxruntime.InferenceSession("{file}")' for file in files)]
-    label = "label" in made[0].inputs
+    label, noise = (name in made[0].inputs for name in ("label", "noise"))
     if label:
-        parts.append('label = np.full(n, about["no_label"])  # or the number of a class')
-    parts.append({"diffusion": _EULER, "autoregressive": _DRAW, "gaussian": _LATENT, "codes": _CODES}[_kind(model)])
+        parts.append('label = np.full(n, about["no_label"])  # or the number of a class' if _none_asked(model) else
+                     'label = np.arange(n) % len(about["classes"])  # numbers of classes')
+    if noise:
+        parts.append('noise = np.random.standard_normal((n, *about["noise"])).astype(np.float32)')
+    parts.append(_WAYS[_kind(model)])
     if model.recipe.family == "diffusion":
-        last = '(images,) = decoder.run(None, {"codes": x.astype(np.float32)})'
-        parts.append(last if len(made) > 1 else "images = x")
-    return "\n".join(parts).replace("LABEL", ', "label": label' if label else "").split("\n")
+        parts.append("codes = x.astype(np.float32)" if len(made) > 1 else "images = x")
+    if model.recipe.family in ("diffusion", "adversarial") and len(made) > 1:
+        parts.append('(images,) = decoder.run(None, {"codes": codes})')
+    given = {"LABEL": ', "label": label' * label, "NOISE": ', "noise": noise' * noise, "GIVES": made[0].outputs[0]}
+    program = "\n".join(parts)
+    for mark, text in given.items():
+        program = program.replace(mark, text)
+    return program.split("\n")
 
 
 def _kind(model: Model) -> str:
     if model.recipe.family != "variational":
         return model.recipe.family
     return "gaussian" if model.recipe.network.bottleneck == "gaussian" else "codes"
+
+
+def _none_asked(model: Model) -> bool:
+    """Whether it can be asked for no class in particular; a generator is told one, or none ever."""
+    return model.recipe.family != "adversarial"
 
 
 def _form(value: Tensor) -> str:

@@ -34,6 +34,7 @@ from handmill.training.precision import bare
 EVALUATED_AT_ONCE = 256  # images
 FIGURES = ("frechet", "precision", "recall", "density", "coverage")  # of an evaluation
 FEW = 200  # held-out images: with fewer, training images stand in for them
+STUCK = 5  # evaluations without a lower Fréchet distance: a slow start gains at each
 PATH_DECAY = 0.99  # of the moving mean of path lengths, a time they are taken (Karras et al. 2020, appendix B)
 
 Loss = tuple[Tensor, dict[str, Tensor]]
@@ -53,6 +54,16 @@ class Critic(nn.Module):
 
     def forward(self, x: Tensor, condition: dict[str, Tensor], draws: Tensor) -> Tensor:  # (B, C, *S) -> (B,)
         return self.network(self.augment(x, draws), condition)  # type: ignore[no-any-return]
+
+    def learn_sign(self, figures: dict[str, float], images: float) -> None:
+        """From a step of telling: how far it overfits."""
+        self.augment.watch(figures["sign"], int(images))
+
+    @torch.no_grad()
+    def learn_path(self, figures: dict[str, float], images: float) -> None:
+        """From a step of smoothing: the moving mean of path lengths."""
+        length = torch.tensor(figures["length"], device=self.mean_path.device)
+        self.mean_path.lerp_(length, 1 - PATH_DECAY)
 
 
 class Game:
@@ -101,8 +112,7 @@ class Game:
             share = uniform(draw(self.seed, "between"), batch["place"], 1)[:, 0]
             loss = loss + self.objective.gradient_penalty * game.gradient_penalty(
                 lambda x: judge(x, condition, real_draws), batch["x"], images, share)
-        bare(judge).augment.watch(real.detach())  # type: ignore[operator,union-attr]
-        return loss.sum(), {"certainty": game.certainty(real, fake).sum()}
+        return loss.sum(), {"certainty": game.certainty(real, fake).sum(), "sign": real.sign().sum()}
 
     def flatten(self, judge: nn.Module, batch: Batch) -> Loss:
         """R1, for all the steps that go without it."""
@@ -112,18 +122,16 @@ class Game:
 
     def smooth(self, generator: nn.Module, batch: Batch, judge: nn.Module) -> Loss:
         """Path lengths near to their moving mean, for all the steps that go without it (Karras et al. 2020, eq. 4)."""
-        some = {name: value[:self.paths(batch)] for name, value in batch.items()}
+        some = {name: value[::self.objective.path_items] for name, value in batch.items()}
         images, styles = self.made(generator, some, "path")
         noise = normal(draw(self.seed, "path", "direction"), some["place"], tuple(images.shape[1:]))
-        lengths = game.path_lengths(images, styles, noise)
-        mean: Any = bare(judge).mean_path
-        mean.copy_(torch.where(mean == 0, lengths.detach().mean(), mean.lerp(lengths.detach().mean(), 1 - PATH_DECAY)))
+        lengths, mean = game.path_lengths(images, styles, noise), critic_of(judge).mean_path
         weight = self.objective.path_length * self.objective.path_every
         return (weight * (lengths - mean).square()).sum(), {"length": lengths.sum()}
 
     def paths(self, batch: Batch) -> int:
         """Images of a batch that path lengths are taken from."""
-        return max(1, round(self.objective.path_share * len(batch["place"])))
+        return len(batch["place"][::self.objective.path_items])
 
 
 def task(network: Any, codec: Any, prepared: Any, recipe: Recipe, out: Path) -> Task:
@@ -148,6 +156,13 @@ def task(network: Any, codec: Any, prepared: Any, recipe: Recipe, out: Path) -> 
                 judge=judged, shown=("coverage", "recall"), compilable=False)
 
 
+def critic_of(module: nn.Module) -> Critic:
+    """The critic within what training wrapped it in."""
+    critic = bare(module)
+    assert isinstance(critic, Critic)
+    return critic
+
+
 def phases_of(play: Game, network: nn.Module, judge: Critic, recipe: Recipe) -> list[Phase]:
     """The phases of a step, the generator's first."""
     objective = recipe.objective
@@ -158,8 +173,9 @@ def phases_of(play: Game, network: nn.Module, judge: Critic, recipe: Recipe) -> 
 
     phases = [Phase("generator", network, play.deceive, count, own, objective.discriminator_steps, (judge,))]
     if objective.path_length:
-        phases.append(Phase("path", network, play.smooth, play.paths, own, objective.path_every, (judge,)))
-    phases.append(Phase("discriminator", judge, play.tell, count, others, 1, (network,)))
+        phases.append(Phase("path", network, play.smooth, play.paths, own, objective.path_every, (judge,),
+                            judge.learn_path))
+    phases.append(Phase("discriminator", judge, play.tell, count, others, 1, (network,), judge.learn_sign))
     if objective.r1:
         phases.append(Phase("r1", judge, play.flatten, count, others, objective.r1_every))
     return phases
@@ -185,8 +201,10 @@ def judged(history: list[dict[str, float]]) -> str:
     """What went wrong by the newest of the evaluations, in a sentence; "" where nothing did."""
     names = {"loss": "frechet", "discriminator_certainty": "certainty"}
     kept = {*FIGURES, "step", "certainty", "gradient_norm"}
-    return collapse.judge([{names.get(k, k): v for k, v in entry.items() if names.get(k, k) in kept}
-                           for entry in history])
+    told = [{names.get(k, k): v for k, v in entry.items() if names.get(k, k) in kept} for entry in history]
+    distances = [entry["frechet"] for entry in told]
+    stuck = min(distances) < min(distances[-STUCK:])  # nan is said by `judge`
+    return collapse.judge(told) or (collapse.never(told) if stuck else "")
 
 
 def evaluation(codec: Any, prepared: Any, recipe: Recipe) -> tuple[Callable[[nn.Module], dict[str, float]], int]:

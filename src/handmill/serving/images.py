@@ -28,7 +28,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quality": ("auto", "standard"), "style": (), "background": ("auto", "opaque"), "moderation": ("auto", "low"),
     "output_compression": (100,), "stream": (False,), "partial_images": (0,)}
 Name = Annotated[StrictStr, Field(max_length=1000)]
-SAMPLING = ("steps", "guidance", "sampler", "temperature", "top_k", "top_p", "min_p")
+SAMPLING = ("steps", "guidance", "sampler", "truncation", "temperature", "top_k", "top_p", "min_p")
 
 
 class Generation(BaseModel):
@@ -46,7 +46,8 @@ class Generation(BaseModel):
     steps: int | None = Field(None, ge=1, description="of a diffusion model: more are finer and slower")
     guidance: float | None = Field(None, ge=0, description="of a diffusion model: above 1, more like the class")
     sampler: str | None = Field(None, description="of a diffusion model: ddpm, ddim, euler, heun, dpmpp_2m or unipc")
-    temperature: float | None = Field(None, ge=0, description="of the other models: below 1, less variety")
+    truncation: float | None = Field(None, ge=0, le=2, description="of an adversarial model: below 1, less varied")
+    temperature: float | None = Field(None, ge=0, description="of a variational or autoregressive model: the same")
     top_k: int | None = Field(None, ge=0, description="of an autoregressive model: codes to choose from; 0: all")
     top_p: float | None = Field(None, gt=0, le=1, description="of an autoregressive model: mass to choose from")
     min_p: float | None = Field(None, ge=0, le=1, description="of an autoregressive model: least share of the best's")

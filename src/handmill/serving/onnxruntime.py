@@ -1,7 +1,7 @@
 """Exported .onnx files called as the networks they come from are, on the CPU.
 
 B batch, T new positions, P past positions, K key/value heads, D head width, V vocabulary, C channels, *S space,
-*L the latent's shape.
+*L the latent's shape; of a generator Z its latent, N its noise.
 """
 
 import json
@@ -79,6 +79,22 @@ class AutoencoderGraphs:
         return images
 
 
+class GeneratorGraph:
+    """An adversarial model: images, or codes of a codec, = runtime(z, layers, truncation, conditions)."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        self.graph = Graph(folder / "generator.onnx")
+        self.latent_shape, self.noise_shape = tuple(about["shape"]), tuple(about["noise"])
+
+    def __call__(self, z: Tensor, layers: Tensor, truncation: float, conditions: Mapping[str, Tensor]) -> Tensor:
+        """Latents (B, Z), noise of the layers (B, N) and a condition of B rows to images (B, C, *S)."""
+        given = {"latent": z, "noise": layers, "truncation": torch.full((len(z),), float(truncation)), **conditions}
+        (made,) = self.graph({name: given[name] for name in self.graph.inputs})
+        return made
+
+
 class Graph:
     """An ONNX Runtime session with as many threads as torch has; called with tensors by name, it returns tensors."""
 
@@ -101,7 +117,7 @@ class Graph:
         return tuple(map(torch.from_numpy, self.session.run(outputs, arrays)))
 
 
-def load(folder: Path) -> Runtime | DenoiserGraph | AutoencoderGraphs:
+def load(folder: Path) -> Runtime | DenoiserGraph | AutoencoderGraphs | GeneratorGraph:
     """What is exported in `folder`, called as its network is. Raises UserError when it cannot be read."""
     about = read(folder)
     try:
@@ -110,6 +126,8 @@ def load(folder: Path) -> Runtime | DenoiserGraph | AutoencoderGraphs:
                 return DenoiserGraph(folder, about)
             case "variational":
                 return AutoencoderGraphs(folder, about)
+            case "adversarial":
+                return GeneratorGraph(folder, about)
         return Runtime(folder, about)
     except (KeyError, TypeError, ValueError) as error:
         raise _broken(folder, error) from None

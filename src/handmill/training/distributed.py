@@ -1,13 +1,15 @@
 """One process or many: what torchrun started, seen from inside. Everything here is a no-op for one process."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+PIECE = 64 << 20  # bytes that are sent at once, about
 
 
 @contextmanager
@@ -40,6 +42,23 @@ def total(values: Tensor) -> Tensor:
     if world() > 1:
         dist.all_reduce(values)
     return values
+
+
+def total_of(tensors: Iterable[Tensor]) -> None:
+    """The sum of each tensor over all processes, in place; what is alike in kind is sent together, PIECE at a time.
+
+    Not DistributedDataParallel, whose hooks need every parameter in every loss and fit no gradients of gradients.
+    """
+    pieces: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+    sent = 0
+    for tensor in tensors if world() > 1 else ():
+        pieces.setdefault((tensor.dtype, sent // PIECE), []).append(tensor)
+        sent += tensor.nbytes
+    for piece in pieces.values():
+        flat = torch.cat([tensor.flatten() for tensor in piece])
+        dist.all_reduce(flat)
+        for tensor, value in zip(piece, flat.split([tensor.numel() for tensor in piece]), strict=True):
+            tensor.copy_(value.view_as(tensor))
 
 
 def agreed(value: Any) -> Any:

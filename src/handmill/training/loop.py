@@ -8,7 +8,7 @@ to one that never stopped; a loss or gradient that is not finite never reaches a
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from handmill.data.order import draw
 from handmill.errors import UserError
@@ -49,6 +48,7 @@ class Phase:
     optimizers: list[Optimizer]
     every: int = 1  # steps
     beside: tuple[nn.Module, ...] = ()
+    learn: Callable[[dict[str, float], float], None] | None = None  # after a step: from its figures and items
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -135,8 +135,7 @@ class Run:
         self.choices, self.peak = choices, peak
         self.progress = Progress()
         owners, model = task.owners, task.phases[0]
-        self.readers = {id(p.network): prepared(p.network, choices) for p in owners}
-        self.modules = {id(p.network): spread(self.readers[id(p.network)], device) for p in owners}
+        self.modules = {id(p.network): prepared(p.network, choices) for p in owners}
         self.averages = {model.name: copied(weights_of(model.network))} if training.ema else {}
         self.best: dict[str, checkpoint.Tensors] = {}  # the model's weights at the lowest validation loss
         self.ended = False  # by a signal
@@ -186,6 +185,7 @@ class Run:
             if skips > SKIPS:
                 self.go_back(step)
                 return
+        self.agree()
         if self.averages:
             self.average()
         self.progress.step += 1
@@ -200,9 +200,8 @@ class Run:
         The figures are means over the items: "loss", what the loss tells beside it, and the "gradient_norm"; of other
         phases than the first with the phase's name before them.
         """
-        module, world = self.modules[id(phase.network)], distributed.world()
-        beside = [self.readers[id(network)] for network in phase.beside]
-        mine = np.array_split(places, world)[distributed.rank()]
+        modules = [self.modules[id(network)] for network in (phase.network, *phase.beside)]
+        mine = np.array_split(places, distributed.world())[distributed.rank()]
         cuts = max(1, -(-mine.size // (self.choices.micro_batch or max(1, mine.size))))
         batches = [self.task.batch(part) for part in np.array_split(mine, cuts)]
         counted = torch.tensor([float(sum(phase.count(b) for b in batches))], dtype=torch.float64)
@@ -210,18 +209,20 @@ class Run:
         assert items > 0, "a global batch without a single item to predict"
         sums: dict[str, Tensor] = {}
         with phase.alone():
-            for i, batch in enumerate(batches):
-                with no_sync(module, i + 1 < cuts):
-                    part, told = phase.loss(module, moved(batch, self.device), *beside)
-                    (part * (world / items)).backward()
+            for batch in batches:
+                part, told = phase.loss(modules[0], moved(batch, self.device), *modules[1:])
+                (part * (1 / items)).backward()
                 for name, value in ({"loss": part} | told).items():
                     sums[name] = sums.get(name, 0.0) + value.detach().double()
         values = distributed.total(torch.stack([*sums.values()])) / items
+        distributed.total_of(p.grad for p in phase.network.parameters() if p.grad is not None)
         norm = nn.utils.clip_grad_norm_(phase.clipped(), self.training.clip or float("inf"), foreach=True).item()
         figures = dict(zip(sums, values.tolist(), strict=True)) | {"gradient_norm": norm}
         finite = bool(np.isfinite(figures["loss"]) and np.isfinite(norm))
         if finite:
             self.update(phase)
+            if phase.learn is not None:
+                phase.learn(figures, items)
         phase.network.zero_grad(set_to_none=True)
         prefix = "" if phase is self.task.phases[0] else f"{phase.name}_"
         return {prefix + name: value for name, value in figures.items()}, finite
@@ -233,6 +234,15 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * scale
             optimizer.step()
+
+    @torch.no_grad()
+    def agree(self) -> None:
+        """Statistics that each process kept of its own items, such as batch normalisation's, become their mean."""
+        if distributed.world() > 1:
+            buffers = [b for phase in self.task.owners for b in phase.network.buffers() if b.is_floating_point()]
+            for buffer in buffers:
+                buffer.div_(distributed.world())
+            distributed.total_of(buffers)
 
     @torch.no_grad()
     def average(self) -> None:
@@ -277,14 +287,14 @@ class Run:
         if not fault:
             return
         self.monitor.say(f"step {p.step}: {fault}")
-        faults, slowed, past = [*p.faults, f"step {p.step}: {fault}"], p.slowed / 2, p.step + p.shift
-        if len(faults) > RETURNS or not p.best_step or not self.resume(p.best_step):
-            self.monitor.say("training ends here" + (f"; the weights of step {p.best_step} are kept" if p.best_step
-                                                      else ", and no step before was better"))
-            p.faults, p.stopped = faults, True
+        faults, slowed, past, said = p.faults, p.slowed / 2, p.step + p.shift, f"step {p.step}: {fault}"
+        if len(faults) == RETURNS or not p.best_step or not self.resume(p.best_step):
+            kept = f"the weights of step {p.best_step} are kept" if p.best_step else "no step before was better"
+            p.faults, p.stopped = [*faults, f"{said}; ended, {kept}"], True
+            self.monitor.say(f"training ends here, {kept}")
             return
         p = self.progress
-        p.faults, p.slowed, p.shift = faults, slowed, past - p.step
+        p.faults, p.slowed, p.shift = [*faults, f"{said}; went back to step {p.step}"], slowed, past - p.step
         self.save()
         checkpoint.drop_after(self.folder, p.step)
         self.monitor.say(f"went back to the best checkpoint, of step {p.step}; the data goes on, at {slowed:g} of the "
@@ -435,20 +445,8 @@ def prepared(network: nn.Module, choices: Choices) -> nn.Module:
     return torch.compile(module) if choices.compiled else module  # type: ignore[return-value]
 
 
-def spread(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with its gradients averaged over the processes."""
-    if distributed.world() == 1:
-        return module
-    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
-
-
 def copied(weights: checkpoint.Tensors) -> checkpoint.Tensors:
     return {k: v.detach().clone() for k, v in weights.items()}
-
-
-def no_sync(module: nn.Module, held: bool) -> Any:
-    """While held, gradients stay on this process: only the last micro-batch of a step sends them."""
-    return module.no_sync() if held and isinstance(module, DistributedDataParallel) else nullcontext()
 
 
 @contextmanager

@@ -144,7 +144,7 @@ def closing(out: Path, task: Task, facts: dict[str, Any]) -> list[str]:
         f"loss {facts['loss']:.4f} {task.training_measure}".rstrip()
         + f", validation {facts['validation_loss']:.4f} {task.measure}"
         + (f" (step {facts['best_step']}, whose weights are kept)" if 0 < facts["best_step"] < facts["steps"] else ""),
-        *(f"sent back     {fault}" for fault in facts["faults"]),
+        *(f"found         {fault}" for fault in facts["faults"]),
         f"model folder  {out}",
         f"loss curve    {out / 'loss.png'}",
         *picture,

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from handmill.errors import UserError
-from handmill.training import distributed
 
 BLIT = ("flip", "rotate90", "shift")
 GEOMETRY = ("scale", "rotate", "stretch", "slide")
@@ -201,11 +200,10 @@ class Augment(nn.Module):
     calls: Tensor
 
     def __init__(self, operations: tuple[str, ...] = OPERATIONS, target: float = 0.6, horizon: float = 500_000,
-                 ceiling: float = 0.8, total: Callable[[Tensor], Tensor] = distributed.total) -> None:
+                 ceiling: float = 0.8) -> None:
         super().__init__()
         steps(operations, OPERATIONS)
         self.operations, self.target, self.horizon, self.ceiling = operations, target, horizon, ceiling
-        self.total = total  # sums a tensor over all processes
         for name in ("p", "signs", "seen", "calls"):
             self.register_buffer(name, torch.zeros(()))
 
@@ -213,11 +211,9 @@ class Augment(nn.Module):
         return augmented(x, self.p, draws, self.operations)
 
     @torch.no_grad()
-    def watch(self, scores: Tensor) -> None:
-        """Count the signs of the discriminator's scores (B,) of real images; every EVERY calls p moves."""
-        signs = scores.detach().float().sign()
-        signs, seen = self.total(torch.stack((signs.sum(), torch.ones_like(signs).sum()))).unbind()
-        signs, seen, calls = self.signs + signs, self.seen + seen, self.calls + 1
+    def watch(self, sign: float, images: int) -> None:
+        """Count the mean sign of the discriminator's scores of so many real images; every EVERY calls p moves."""
+        signs, seen, calls = self.signs + sign * images, self.seen + images, self.calls + 1
         due = calls >= EVERY
         moved = adapted(self.p, signs / seen.clamp(min=1), seen, self.horizon, self.target, self.ceiling)
         self.p.copy_(torch.where(due, moved, self.p))

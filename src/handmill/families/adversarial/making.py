@@ -17,7 +17,7 @@ from handmill.recipe import within
 class Sampling:
     """The [sampling] table of the adversarial family."""
 
-    truncation: float = 1.0  # psi: 1 as trained; towards 0 more usual and less varied; above 1 stranger
+    truncation: float = 1.0  # psi: 1 as trained; towards 0 nearer to the centre of the styles; above 1 farther
 
     def __post_init__(self) -> None:
         within(self, 0.0, 2.0, "truncation")

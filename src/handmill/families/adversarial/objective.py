@@ -30,7 +30,7 @@ class Objective:
     r1_every: int = 16  # steps
     path_length: float = 0.0  # weight; 0: none; the paper's is 2
     path_every: int = 4  # steps
-    path_share: float = 0.5  # of a batch that path lengths are taken from
+    path_items: int = 2  # one of so many images of a batch has its path length taken
     discriminator_rate: float = 1.0  # learning rates of the discriminator, in the generator's
     discriminator_steps: int = 1  # of the discriminator for each of the generator
     mixing: float = 0.0  # share of images in training with the styles of two latents
@@ -41,8 +41,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         not_negative(self, "gradient_penalty", "r1", "path_length")
-        positive(self, "r1_every", "path_every", "discriminator_rate", "discriminator_steps", "augment_images")
-        within(self, 0.0, 1.0, "mixing", "augment_target", "path_share")
+        positive(self, "r1_every", "path_every", "path_items", "discriminator_rate", "discriminator_steps", "augment_images")
+        within(self, 0.0, 1.0, "mixing", "augment_target")
         within(self, 100, 100_000, "judged")
         unknown = [name for name in self.augment if name not in OPERATIONS]
         if unknown:
@@ -72,7 +72,7 @@ def certainty(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def squared_slope(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """|d score / d x|^2 of each item, (B,): R1 is gamma / 2 times its mean over real ones (Mescheder et al. 2018, 9)."""
+    """|d score / d x|^2 of each item, (B,): R1 is gamma / 2 times its mean over real ones (Mescheder 2018, 9)."""
     x = x.detach().requires_grad_()
     seen = x.view_as(x)  # the memory tracker's hooks cannot stand on a leaf
     (slope,) = torch.autograd.grad(score(seen).sum(), x, create_graph=True)
