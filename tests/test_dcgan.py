@@ -242,7 +242,7 @@ def test_every_label_changes_image_and_score(label: str) -> None:
         assert scores[a] != scores[b]
 
 
-def test_projection_is_equation_4() -> None:
+def test_projection_is_equation_4_with_a_mean() -> None:
     torch.manual_seed(1)
     network = Discriminator(SMALL, (1, 16, 16), 3).eval()
     x = drawn(5, 1, 16, 16)
@@ -250,7 +250,7 @@ def test_projection_is_equation_4() -> None:
     for i, down in enumerate(network.downs):
         h = F.conv2d(h, down.weight.movedim(-1, 1), stride=2, padding=1)
         h = F.leaky_relu(h / (1 + 1e-5) ** 0.5 if i else h, 0.2)
-    phi = h.sum((2, 3))  # (B, C)
+    phi = h.mean((2, 3))  # (B, C)
     v = network.projection.weight[labels(5)["label"]]
     assert torch.allclose(network(x, labels(5)), network.head(h.flatten(1))[:, 0] + (v * phi).sum(1), atol=1e-6)
 

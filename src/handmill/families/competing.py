@@ -63,7 +63,7 @@ class Critic(nn.Module):
     def learn_path(self, figures: dict[str, float], images: float) -> None:
         """From a step of smoothing: the moving mean of path lengths."""
         length = torch.tensor(figures["length"], device=self.mean_path.device)
-        self.mean_path.lerp_(length, 1 - PATH_DECAY)
+        self.mean_path.copy_(torch.where(self.mean_path == 0, length, self.mean_path.lerp(length, 1 - PATH_DECAY)))
 
 
 class Game:
@@ -126,6 +126,7 @@ class Game:
         images, styles = self.made(generator, some, "path")
         noise = normal(draw(self.seed, "path", "direction"), some["place"], tuple(images.shape[1:]))
         lengths, mean = game.path_lengths(images, styles, noise), critic_of(judge).mean_path
+        mean = torch.where(mean == 0, lengths.detach(), mean)  # the first time; a mean of 0 would silence the styles
         weight = self.objective.path_length * self.objective.path_every
         return (weight * (lengths - mean).square()).sum(), {"length": lengths.sum()}
 

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from handmill.errors import UserError
-from handmill.networks.spatial import channels_last, rows
+from handmill.networks.spatial import channels_last, group_deviation, rows
 from handmill.recipe import not_negative, positive, within
 
 DEVIATION = 0.02  # of the weights at the start (Radford et al. 2016, section 4)
 SLOPE = 0.2  # of the leaky ReLU below 0
+GAIN = 10.0  # of the deviation over a group: one number among thousands would be learned slowly
 SMALLEST, LARGEST = 4, 7  # places a side of the first map, where the settings leave it open
 KERNEL = 4  # places a side; with a stride of 2 and 1 place of padding, exactly half or twice the space
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -44,13 +45,14 @@ class Settings:
     first: int = 0  # places on the shorter side of the generator's first map; 0: the halving of the image from 4 to 7
     norm: Literal["batch", "none"] = "batch"  # of the generator's maps
     discriminator_norm: Literal["batch", "spectral", "none"] = "batch"  # spectral: of its weights
+    group: int = 0  # images over whose deviation the discriminator also judges, so that variety counts; 0: none
     momentum: float = 0.1  # share of a new batch in batch normalisation's running mean and variance
     label: Literal["projection", "embedding"] = "projection"  # to the discriminator: a term of the score, or an input
     label_width: int = 32  # E: numbers that a label becomes for the generator, and for an "embedding" discriminator
 
     def __post_init__(self) -> None:
         positive(self, "latent", "width", "most", "momentum", "label_width")
-        not_negative(self, "first")
+        not_negative(self, "first", "group")
         within(self, 0.0, 1.0, "momentum")
         if self.most < self.width:
             raise UserError(f"most = {self.most} is less than width = {self.width}: no map would be that wide")
@@ -203,7 +205,8 @@ class Discriminator(nn.Module):
     """Images (B, C, *S) in [-1, 1] to scores (B,), fp32, above 0 for what it takes for real.
 
     Arguments and errors as the Generator's. Where there are classes, `settings.label` says how it is told:
-    "projection", score = head(h) + <embedding of the label, sum of h over places> (Miyato & Koyama 2018, eq. 4), or
+    "projection", score = head(h) + <embedding of the label, mean of h over places> (Miyato & Koyama 2018, eq. 4, with
+    the mean for the sum, which Adam would learn as many times as fast as there are places), or
     "embedding", a linear map of the label's embedding added to every place of the first convolution's output
     (Mirza & Osindero 2014, section 3: inputs and label meet in one hidden representation).
     """
@@ -219,7 +222,7 @@ class Discriminator(nn.Module):
                                    for a, b in pairwise([shape[0], *channels]))
         self.norms = nn.ModuleList(_norm(norm if level else "none", width, s.momentum)
                                    for level, width in enumerate(channels))
-        self.head = _layer(nn.Linear(channels[-1] * math.prod(self.small), 1, bias=bias), norm)
+        self.head = _layer(nn.Linear(channels[-1] * math.prod(self.small) + bool(s.group), 1, bias=bias), norm)
         self.embedding = self.joint = self.projection = None
         if classes and s.label == "embedding":
             self.embedding = nn.Embedding(classes, s.label_width)
@@ -239,10 +242,13 @@ class Discriminator(nn.Module):
                 h = h + label.to(h.dtype)[(..., *[None] * len(self.small))]  # (B, C', *S / 2)
             h = F.leaky_relu_(norm(h), SLOPE)
         h = h.float()  # (B, C', *s)
-        score = self.head(h.flatten(1))[:, 0]
+        seen = h.flatten(1)
+        if self.settings.group:
+            seen = torch.cat((seen, GAIN * group_deviation(h, self.settings.group)[:, None]), 1)
+        score = self.head(seen)[:, 0]
         if self.projection is None:
             return score
-        return score + (self.projection(condition["label"]) * h.flatten(2).sum(2)).sum(1)
+        return score + (self.projection(condition["label"]) * h.flatten(2).mean(2)).sum(1)
 
     def flops_per_item(self) -> float:
         """Floating-point operations of a forward and backward pass over one item: 6 a weight and position."""

@@ -226,3 +226,14 @@ class _GroupNormSilu(torch.autograd.Function):
         constant = -r * _group_mean(gain * shift_grad, ctx.groups) / places - mean * slope
         gradient = torch.addcmul(constant[:, None], wide, slope[:, None], out=h).addcmul_(g, factor[:, None])
         return gradient.to(x.dtype), gain_grad.to(gain.dtype), shift_grad.to(gain.dtype), None, None
+
+
+def group_deviation(x: Tensor, group: int) -> Tensor:
+    """The standard deviation over a group of neighbours in the batch, averaged over all else: (B, C, *S) -> (B,).
+
+    Groups are of the largest divisor of B up to `group` (Karras et al. 2018, section 3).
+    """
+    size = max(n for n in range(1, group + 1) if x.shape[0] % n == 0)
+    groups = x.unflatten(0, (-1, size))  # (B / size, size, C, *S)
+    variance = (groups - groups.mean(1, keepdim=True)).square().mean(1)  # (B / size, C, *S)
+    return (variance + 1e-8).sqrt().flatten(1).mean(1).repeat_interleave(size)  # the root of 0 has no slope

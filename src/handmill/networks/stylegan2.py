@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from handmill.errors import UserError
 from handmill.networks.resampling import blur, upsample
-from handmill.networks.spatial import channels_last
+from handmill.networks.spatial import channels_last, group_deviation
 from handmill.recipe import not_negative, positive, within
 
 SLOPE = 0.2  # of the leaky ReLU below 0
@@ -353,12 +353,7 @@ def with_deviation(x: Tensor, group: int) -> Tensor:
     """A channel more: the standard deviation over a group of neighbours in the batch, averaged over channels and places
     (Karras et al. 2018, section 3). (B, C, H, W) -> (B, C + 1, H, W), groups of the largest divisor of B up to `group`.
     """
-    b, _, h, w = x.shape
-    size = max(n for n in range(1, group + 1) if b % n == 0)
-    groups = wide(x).unflatten(0, (-1, size))  # (B / size, size, C, H, W)
-    variance = (groups - groups.mean(1, keepdim=True)).square().mean(1)  # (B / size, C, H, W)
-    deviation = (variance + TINY).sqrt().mean((1, 2, 3))  # (B / size,)
-    column = deviation.repeat_interleave(size)[:, None, None, None].expand(-1, 1, h, w)
+    column = group_deviation(wide(x), group)[:, None, None, None].expand(-1, 1, *x.shape[2:])
     return torch.cat((x, column.to(x.dtype)), 1)
 
 
