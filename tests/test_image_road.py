@@ -196,9 +196,10 @@ def test_training_shows_a_picture(drawn: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(drawn: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["unet", "stylegan2"])
+def test_two_processes_train_as_one(name: str, drawn: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(tomli_w.dumps(shapes.table("unet", drawn, steps=10)))
+    recipe.write_text(tomli_w.dumps(shapes.table(name, drawn, steps=10)))
     losses = []
     for count in (1, 2):
         out = tmp_path / str(count)
