@@ -56,13 +56,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--runs", type=Path, default=Path("runs/equal-time"))
     parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--steps", type=int, default=0, help="of a single recipe, in the place of its planned ones")
     parser.add_argument("--samples", type=int, default=5000)
     args = parser.parse_args()
     shared = [f"data.paths={json.dumps([str(args.train.resolve())])}", "data.size=[32, 32]",
               f"data.test_paths={json.dumps([str(args.test.resolve())])}"]
     for name in args.recipes.split(","):
         path = args.runs / name
-        steps = steps_of(name, shared, 60 * args.minutes, args.runs / f"{name}-plan")
+        steps = args.steps or steps_of(name, shared, 60 * args.minutes, args.runs / f"{name}-plan")
         more = [f"training.steps={steps}", f"training.evaluate_every={max(50, steps // 15)}",
                 f"training.save_every={max(50, steps // 3)}"]
         before = cpu_seconds()

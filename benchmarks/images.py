@@ -16,7 +16,7 @@ from typing import Any
 
 from table import append
 
-RECIPES = ("vae", "vqvae", "vqvae-prior", "autoencoder", "latent-diffusion", "ddpm")
+RECIPES = ("vae", "vqvae", "vqvae-prior", "autoencoder", "latent-diffusion", "ddpm", "dcgan", "cgan", "stylegan2")
 COMPARED = ("vae", "vqvae-prior", "latent-diffusion", "ddpm")
 
 

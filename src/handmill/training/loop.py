@@ -296,7 +296,9 @@ class Run:
         p = self.progress
         p.faults, p.slowed, p.shift = [*faults, f"{said}; went back to step {p.step}"], slowed, past - p.step
         self.save()
-        checkpoint.drop_after(self.folder, p.step)
+        with distributed.first() as mine:
+            if mine:
+                checkpoint.drop_after(self.folder, p.step)
         self.monitor.say(f"went back to the best checkpoint, of step {p.step}; the data goes on, at {slowed:g} of the "
                          "rates")
 
