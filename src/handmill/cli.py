@@ -201,7 +201,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                               ("steps", int, "of a diffusion model: more are finer and slower"),
                               ("guidance", float, "of a diffusion model: above 1, more like the class"),
                               ("sampler", str, "of a diffusion model: ddpm, ddim, euler, heun, dpmpp_2m, unipc"),
-                              ("truncation", float, "of an adversarial model: below 1, nearer to the centre and less varied")):
+                              ("truncation", float, "of an adversarial model: below 1, nearer to the centre")):
         p.add_argument(f"--{name}", type=kind, help=f"{about} (default: the recipe's)")
     _exploring_arguments(p)
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the [sampling] table")

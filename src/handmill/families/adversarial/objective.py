@@ -41,7 +41,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         not_negative(self, "gradient_penalty", "r1", "path_length")
-        positive(self, "r1_every", "path_every", "path_items", "discriminator_rate", "discriminator_steps", "augment_images")
+        positive(self, "r1_every", "path_every", "path_items", "discriminator_steps", "augment_images")
+        positive(self, "discriminator_rate")
         within(self, 0.0, 1.0, "mixing", "augment_target")
         within(self, 100, 100_000, "judged")
         unknown = [name for name in self.augment if name not in OPERATIONS]
