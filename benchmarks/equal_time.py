@@ -71,7 +71,9 @@ def main() -> None:
         cpu = cpu_seconds() - before
         handmill("check", path, f"samples={args.samples}")
         append("equal_time", row(name, path, cpu))
-    handmill("compare", *(args.runs / name for name in args.recipes.split(",")), "--out", args.runs / "compare")
+    made = [args.runs / name for name in RECIPES if (args.runs / name / "receipt.json").exists()]
+    if len(made) > 1:
+        handmill("compare", *made, "--out", args.runs / "compare")
 
 
 if __name__ == "__main__":
