@@ -91,7 +91,7 @@ def test_a_bad_override_does_not_blame_a_line_of_the_file() -> None:
 def test_a_recipe_that_is_not_there() -> None:
     with pytest.raises(UserError, match="did you mean 'gpt2'"):
         recipes.read("gtp2")
-    with pytest.raises(UserError, match="the shipped ones are autoencoder, character"):
+    with pytest.raises(UserError, match="the shipped ones are autoencoder, cgan, character"):
         recipes.read("some/where.toml")
 
 
