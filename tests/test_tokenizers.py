@@ -205,6 +205,71 @@ def test_a_missing_or_other_tokenizer_is_an_error(tmp_path: Path) -> None:
         tokenizers.load(BPESettings(), tmp_path)
 
 
+MARKS = ("<one>", "the")  # the second is a word of the text
+SPECIAL = {"character": CharacterSettings(special=MARKS), "byte": ByteSettings(special=MARKS),
+           "bpe": BPESettings(vocabulary=402, special=MARKS)}
+PLAIN = {"character": CharacterSettings(), "byte": ByteSettings(), "bpe": BPESettings(vocabulary=400)}
+KINDS = pytest.mark.parametrize("kind", SPECIAL)
+
+
+@KINDS
+@given(text=st.one_of(st.text(), st.sampled_from(["<one>", "the the<one>the"])))
+@settings(deadline=None)
+def test_no_text_encodes_to_a_special_token(kind: str, text: str) -> None:
+    codec, plain = trained(SPECIAL[kind]), trained(PLAIN[kind])
+    assert codec.encode(text).tolist() == plain.encode(text).tolist()
+    assert codec.pack([text, text]).tolist() == plain.pack([text, text]).tolist()
+    assert not {*codec.special.values()} & {*codec.encode(text).tolist()}
+
+
+@KINDS
+def test_special_tokens_come_after_all_others(kind: str, tmp_path: Path) -> None:
+    codec, plain = trained(SPECIAL[kind]), trained(PLAIN[kind])
+    assert codec.special == {"<one>": plain.size, "the": plain.size + 1}
+    assert (codec.size, codec.end, codec.unknown) == (plain.size + 2, plain.end, plain.unknown)
+    assert codec.token_bytes == [*plain.token_bytes, b"", b""]
+    assert codec.decode([*codec.encode("ab"), *codec.special.values()]) == "ab"
+    assert codec.characters([*codec.special.values()]) == 0
+    codec.save(tmp_path)
+    again = tokenizers.load(SPECIAL[kind], tmp_path)
+    assert (again.special, again.size, again.end) == (codec.special, codec.size, codec.end)
+    assert again.encode(TEXT).tolist() == codec.encode(TEXT).tolist()
+
+
+@KINDS
+def test_a_tokenizer_without_special_tokens_is_written_and_read_as_before(kind: str, tmp_path: Path) -> None:
+    plain = trained(PLAIN[kind])
+    plain.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert set(content) - {"alphabet", "pattern", "merges"} == {"format", "kind", "size", "end"}
+    assert tokenizers.load(PLAIN[kind], tmp_path).special == {}
+    with pytest.raises(UserError, match=r"codec\.special"):
+        tokenizers.load(SPECIAL[kind], tmp_path)
+
+
+@pytest.mark.parametrize("special", [3, [""], ["a", "a"], [1], "ab"])
+def test_broken_special_tokens_are_an_error(tmp_path: Path, special: object) -> None:
+    BYTE.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"special": special}))
+    with pytest.raises(UserError, match="special"):
+        tokenizers.load(None, tmp_path)
+
+
+@pytest.mark.parametrize("special", [("",), ("a", "b", "a")])
+def test_names_that_no_file_could_tell_apart_are_errors(special: tuple[str, ...]) -> None:
+    for cls in (CharacterSettings, ByteSettings, BPESettings):
+        with pytest.raises(UserError, match="special"):
+            cls(special=special)
+    with pytest.raises(UserError, match="between 259"):
+        BPESettings(vocabulary=258, special=("a", "b"))
+
+
+@lru_cache
+def trained(settings_of: Any) -> Tokenizer:
+    return tokenizers.train(settings_of, [TEXT])
+
+
 @pytest.mark.parametrize("vocabulary", [256, 0, -5, 10**7])
 def test_impossible_vocabularies_are_errors(vocabulary: int) -> None:
     with pytest.raises(UserError, match="vocabulary"):

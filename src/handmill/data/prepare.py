@@ -48,7 +48,7 @@ def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Packed:
 
 def fingerprint(recipe: Recipe, sources: list[Source]) -> str:
     """16 hexadecimal digits of all that prepared data depend on; a changed file shows by its size or time."""
-    parts = [FORMAT, dataclasses.asdict(recipe.data), dataclasses.asdict(recipe.codec), recipe.seed,
+    parts = [FORMAT, dataclasses.asdict(recipe.data), _codec(recipe), recipe.seed,
              [(source.name, source.bytes, source.modified) for source in sources]]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
@@ -88,7 +88,7 @@ def _make(recipe: Recipe, sources: list[Source], mark: str, work: Path, progress
                                         "sources": notes.manifest, "left_out": notes.skipped.first})
     write_json(work / "data.json", {
         "format": FORMAT, "fingerprint": mark, "dtype": codec.dtype.name, "size": codec.size,
-        "end": codec.end, "codec": dataclasses.asdict(recipe.codec), "splits": about})
+        "end": codec.end, "codec": _codec(recipe), "splits": about})
 
 
 def _unique(corpus: Corpus, signed: duplicates.Signed, threshold: float,
@@ -139,3 +139,8 @@ def _pack(corpus: Corpus, chosen: Ints, work: Path, split: str, codec: Tokenizer
           tick: Tick) -> dict[str, int]:
     texts = ((batch.texts(), batch.continued) for batch in corpus.batches(chosen, tick))
     return write_split(work, split, codec, texts) | {"bytes": int(corpus.sizes[chosen].sum())}
+
+
+def _codec(recipe: Recipe) -> dict[str, Any]:
+    """The [codec] table; special tokens only where there are some, so that data prepared without them stay good."""
+    return {key: value for key, value in dataclasses.asdict(recipe.codec).items() if value != ()}

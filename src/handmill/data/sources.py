@@ -7,8 +7,9 @@ the user named is an error.
 import codecs
 import glob
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import sysconfig
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -17,6 +18,9 @@ from handmill.data.corpus import Tick
 from handmill.data.pieces import PIECE, lines, pieces
 from handmill.errors import UserError, optional
 
+STDLIB = "python:stdlib"  # in data.paths: the standard library of the Python that runs, but for its tests
+STDLIB_LICENCE = "PSF-2.0"  # of all of it: SPDX's name of the licence at docs.python.org/3/license.html
+_NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 _IGNORED_FOLDERS = {"__pycache__", "node_modules"}
 _LICENCES = ("licence", "license", "copying")
 _SHOWN = 100  # skipped things named in the report
@@ -55,7 +59,7 @@ class Source:
     bytes: int
     modified: int  # nanoseconds since 1970
     identity: tuple[int, int]  # device and inode: a file reached by two paths is one
-    licence: str = ""  # the licence file at the top of its folder
+    licence: str = ""  # the licence file at the top of its folder, or the licence's name
 
     @cached_property
     def suffixes(self) -> list[str]:
@@ -127,6 +131,8 @@ def find(paths: tuple[str, ...], cache: Path) -> list[Source]:
 
 
 def _expand(given: str, cache: Path) -> list[Source]:
+    if given == STDLIB:
+        return _stdlib(cache)
     path = Path(given).expanduser()
     if path.is_dir():
         sources = list(_walk(path, cache))
@@ -147,13 +153,24 @@ def _expand(given: str, cache: Path) -> list[Source]:
     return sources
 
 
-def _walk(top: Path, cache: Path) -> Iterator[Source]:
+def _stdlib(cache: Path) -> list[Source]:
+    """Every .py file, named from the library's folder on, so that no name depends on where Python is installed."""
+    top = Path(sysconfig.get_path("stdlib"))
+    found = _walk(top, cache, _NOT_STDLIB) if top.is_dir() else ()
+    sources = [replace(source, name=f"{STDLIB}/{source.path.relative_to(top).as_posix()}", licence=STDLIB_LICENCE)
+               for source in found if source.path.suffix == ".py"]
+    if not sources:
+        raise UserError(f"{STDLIB} in data.paths finds no source files in {top}: name a folder of texts instead")
+    return sources
+
+
+def _walk(top: Path, cache: Path, ignored: Collection[str] = ()) -> Iterator[Source]:
     licences = [p for p in sorted(top.iterdir()) if p.name.lower().startswith(_LICENCES) and p.is_file()]
     licence = _shown(licences[0]) if licences else ""
     unreadable: list[OSError] = []
     for folder, inner, files in os.walk(top, onerror=unreadable.append):
         here = Path(folder)
-        inner[:] = sorted(name for name in inner if not _ours(here / name, top, cache))
+        inner[:] = sorted(name for name in inner if name not in ignored and not _ours(here / name, top, cache))
         for name in sorted(files):
             if not name.startswith(".") and os.path.isfile(here / name):
                 yield _source(here / name, False, licence)

@@ -4,7 +4,8 @@
     byte       0..255 = the byte, 256 = end
     bpe        0..255 = the byte, then one token a merge in the order learnt, the last = end
 
-Text never encodes to `end`, whatever it says: only `pack` puts it, in front of every document.
+After these come the `special` tokens by name, if any: marks that programs put, such as those of data/middle.py.
+Text never encodes to `end` or to a special token, whatever it says: only `pack` puts `end`, in front of every document.
 A BPE here is a standard byte-level one: PATTERN and `merges` are all that a tokenizer.json needs.
 """
 
@@ -50,6 +51,10 @@ class CharacterSettings:
     """The [codec] table of a character tokenizer."""
 
     kind: Literal["character"] = "character"
+    special: tuple[str, ...] = ()  # names of tokens that no text encodes to, after all others
+
+    def __post_init__(self) -> None:
+        _names(self.special)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,10 @@ class ByteSettings:
     """The [codec] table of a byte tokenizer."""
 
     kind: Literal["byte"] = "byte"
+    special: tuple[str, ...] = ()  # names of tokens that no text encodes to, after all others
+
+    def __post_init__(self) -> None:
+        _names(self.special)
 
 
 @dataclass(frozen=True)
@@ -64,23 +73,32 @@ class BPESettings:
     """The [codec] table of a byte-pair encoding."""
 
     kind: Literal["bpe"] = "bpe"
-    vocabulary: int = 4096  # tokens: 256 bytes, the merges, and end
+    vocabulary: int = 4096  # tokens: 256 bytes, the merges, end, and the special ones
     sample: int = 100  # MB of the training split that the merges are learnt from
+    special: tuple[str, ...] = ()  # names of tokens that no text encodes to, after all others
 
     def __post_init__(self) -> None:
         positive(self, "sample")
-        if not 257 <= self.vocabulary <= 1_000_000:
-            raise UserError(f"vocabulary = {self.vocabulary} must lie between 257 and 1000000")
+        _names(self.special)
+        least = 257 + len(self.special)
+        if not least <= self.vocabulary <= 1_000_000:
+            raise UserError(f"vocabulary = {self.vocabulary} must lie between {least} and 1000000")
 
 
 class Tokenizer:
-    """Text to tokens and back. `token_bytes[t]` are the UTF-8 bytes of token t, b"" those of `end`."""
+    """Text to tokens and back.
 
-    def __init__(self, kind: str, alphabet: str = "", merges: Sequence[tuple[int, int]] = ()) -> None:
+    `token_bytes[t]` are the UTF-8 bytes of token t, b"" those of `end` and of the `special` tokens: name -> token.
+    """
+
+    def __init__(self, kind: str, alphabet: str = "", merges: Sequence[tuple[int, int]] = (),
+                 special: Sequence[str] = ()) -> None:
         self.kind, self.alphabet, self.merges = kind, alphabet, list(merges)
         self.token_bytes = _token_bytes(kind, alphabet, self.merges)
+        self.end = 0 if kind == "character" else len(self.token_bytes) - 1
+        self.special = {name: token for token, name in enumerate(special, len(self.token_bytes))}
+        self.token_bytes += [b""] * len(self.special)
         self.size = len(self.token_bytes)
-        self.end = 0 if kind == "character" else self.size - 1
         self.unknown = 1 if kind == "character" else None
         self.dtype = np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
         assert self.token_bytes[self.end] == b""
@@ -105,7 +123,7 @@ class Tokenizer:
             return self._words.pack(texts).astype(self.dtype)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens. `end` is no text; unknown characters and what is not UTF-8 are U+FFFD."""
+        """The text of tokens. `end` and the special ones are no text; what is unknown or not UTF-8 is U+FFFD."""
         return b"".join([self.token_bytes[int(token)] for token in tokens]).decode("utf-8", "replace")
 
     def characters(self, tokens: Iterable[int]) -> int:
@@ -126,6 +144,8 @@ class Tokenizer:
             content["alphabet"] = self.alphabet
         if self.kind == "bpe":
             content |= {"pattern": PATTERN, "merges": self.merges}
+        if self.special:
+            content["special"] = list(self.special)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, ensure_ascii=False) + "\n"
         (folder / "tokenizer.json").write_text(text, encoding="utf-8")
@@ -140,12 +160,13 @@ class Tokenizer:
 def load(settings: Any, folder: Path) -> Tokenizer:
     """The tokenizer in `folder`/tokenizer.json; `settings` is the [codec] table, or None to take it as it is.
 
-    Raises UserError when the file is missing, broken, or of another kind than the settings.
+    Raises UserError when the file is missing, broken, or not of the kind and special tokens of the settings.
     """
     file = folder / "tokenizer.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         kind, alphabet, merges = _checked(content)
+        special = _checked_special(content)
     except FileNotFoundError:
         raise UserError(f"{file} is missing: copy the folder again from where it was made") from None
     except (OSError, ValueError) as error:
@@ -153,7 +174,10 @@ def load(settings: Any, folder: Path) -> Tokenizer:
                         "copy the folder again from where it was made") from None
     if settings is not None and settings.kind != kind:
         raise UserError(f"{file} holds a {kind} tokenizer but the recipe says codec.kind = {settings.kind!r}")
-    return Tokenizer(kind, alphabet, merges)
+    if settings is not None and list(settings.special) != special:
+        raise UserError(f"{file} has the special tokens {special} but the recipe says codec.special = "
+                        f"{list(settings.special)}: set these, or prepare the data again")
+    return Tokenizer(kind, alphabet, merges, special)
 
 
 def train(settings: Any, texts: Iterable[str]) -> Tokenizer:
@@ -162,13 +186,13 @@ def train(settings: Any, texts: Iterable[str]) -> Tokenizer:
         alphabet: set[str] = set()
         for text in texts:
             alphabet.update(text)
-        return Tokenizer("character", "".join(sorted(alphabet)))
+        return Tokenizer("character", "".join(sorted(alphabet)), special=settings.special)
     if settings.kind == "byte":
-        return Tokenizer("byte")
+        return Tokenizer("byte", special=settings.special)
     from handmill.data.merges import learn
 
-    learnt = learn(count_words(texts), settings.vocabulary - 257)
-    codec = Tokenizer("bpe", merges=learnt.merges)
+    learnt = learn(count_words(texts), settings.vocabulary - 257 - len(settings.special))
+    codec = Tokenizer("bpe", merges=learnt.merges, special=settings.special)
     codec.know(learnt)
     return codec
 
@@ -288,6 +312,21 @@ def _code_points(alphabet: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 
 def _without_surrogates(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def _names(special: Sequence[str]) -> None:
+    """Raise UserError for names of special tokens that no file could tell apart."""
+    if "" in special or len(set(special)) < len(special):
+        raise UserError(f"special = {list(special)} must be names that differ: leave the doubled or empty one out")
+
+
+def _checked_special(content: dict[str, Any]) -> list[str]:
+    special: Any = content.get("special", [])
+    if not isinstance(special, list) or not all(isinstance(name, str) and name for name in special):
+        raise ValueError("its special tokens are not a list of names")
+    if len(set(special)) < len(special):
+        raise ValueError("two of its special tokens have one name")
+    return special
 
 
 def _checked(content: Any) -> tuple[str, str, list[tuple[int, int]]]:
