@@ -240,3 +240,14 @@ def test_the_interval_decides():
     none = table(recall=0.43)
     none["generated"]["recall"] |= {"low": None, "high": None}
     assert collapsed(none)
+
+
+def test_samples_that_hardly_differ_are_told_at_the_end() -> None:
+    """Figures of a StyleGAN2 whose discriminator was penalised too little."""
+    history = [{"step": 50.0 * i, "frechet": 6.0, "precision": p, "recall": r, "density": 1.0, "coverage": 0.58}
+               for i, (p, r) in enumerate([(0.5, 0.6), (0.93, 0.1), (0.94, 0.12), (0.95, 0.08)])]
+    assert "recall was 0.12 at most, precision 0.93 at least; coverage is 0.58" in collapse.lacking(history)
+    assert collapse.lacking(history[:3]) == ""
+    assert collapse.lacking(history[:2]) == ""
+    assert collapse.lacking([*history, history[-1] | {"recall": 0.5}]) == ""
+    assert collapse.lacking([*history, history[-1] | {"precision": float("nan")}]) == ""

@@ -25,6 +25,7 @@ LEARNT = 0.1  # coverage before which there is nothing to lose: first steps swin
 LOST = 0.5  # of the best coverage; five small GANs on digits never fell below 0.74 of it while learning
 GONE = 0.2  # of the best evaluation's coverage: so deep a fall counts at once, a shallower one the second time in a row
 PATIENCE = 10  # evaluations without LEARNT after which a run is said to go nowhere
+LAST, ALIKE, NARROW = 3, 0.6, 0.2  # evaluations, precision from which and recall to which samples hardly differ
 FINE = 0.75  # of the floor's precision and density: samples that look real one by one
 
 
@@ -93,6 +94,18 @@ def never(history: list[Figures]) -> str:
     best = _best(known)
     return (f"never covered the data: coverage was {best['coverage']:.2f} at best{_at(best)} in {len(history)} "
             f"evaluations, with precision {best['precision']:.2f} and Fréchet distance {best['frechet']:.3g}")
+
+
+def lacking(history: list[Figures]) -> str:
+    """One sentence where the last LAST evaluations found samples that look real and hardly differ, else ""."""
+    recent = history[-LAST:]
+    if len(recent) < LAST or not all(_finite(entry) for entry in recent):
+        return ""
+    real, most = min(entry["precision"] for entry in recent), max(entry["recall"] for entry in recent)
+    if real < ALIKE or most >= NARROW:
+        return ""
+    return (f"variety is missing: in the last {LAST} evaluations recall was {most:.2f} at most, precision {real:.2f} "
+            f"at least; coverage is {recent[-1]['coverage']:.2f}{_at(recent[-1])}")
 
 
 def collapsed(fidelity: dict[str, Any]) -> str:

@@ -85,6 +85,7 @@ class Task:
     training_measure: str = ""  # of the loss in training, where it is another
     picture: Path | None = None  # the file that `sample` draws into
     judge: Callable[[list[dict[str, float]]], str] | None = None  # of all evaluations: what went wrong; "": nothing
+    remark: Callable[[list[dict[str, float]]], str] | None = None  # of all evaluations, when a run ends
     shown: tuple[str, ...] = ()  # parts of an evaluation in the live line
     compilable: bool = True  # false where a loss takes gradients of gradients
 

@@ -103,13 +103,19 @@ def claim(out: Path, recipe: Recipe) -> None:
     (out / "receipt.json").unlink(missing_ok=True)
 
 
+def found(task: Task, progress: Progress) -> list[str]:
+    """What the evaluations found wrong, a sentence each."""
+    remark = task.remark(progress.history) if task.remark is not None else ""
+    return [*progress.faults, *([f"in the end: {remark}"] if remark else [])]
+
+
 def summary(recipe: Recipe, network: nn.Module, task: Task, progress: Progress, planned: plan.Plan, setup: float,
             prepared: Any) -> dict[str, Any]:
     """What the receipt says about the run, predicted against actual included."""
     return {
         "steps": progress.step, "seed": recipe.seed, "stopped_early": progress.stopped,
         "items": progress.step * recipe.training.batch * task.items, "unit": task.unit, "measure": task.measure,
-        "training_measure": task.training_measure, "faults": progress.faults,
+        "training_measure": task.training_measure, "faults": found(task, progress),
         "parameters": sum(p.numel() for p in network.parameters()),
         "loss": progress.loss, "validation_loss": min(progress.best, progress.validation),
         "best_step": progress.best_step,
