@@ -25,6 +25,9 @@ SHAPES = {
     "llama with bias": dataclasses.replace(LLAMA, bias=True, kv_heads=0, attention_scale=0.5),
     "default": DEFAULT,
     "scaled": dataclasses.replace(DEFAULT, norm="layer", gain=False, attention_scale=0.35),
+    "relative": dataclasses.replace(DEFAULT, positions="relative"),
+    "memory": dataclasses.replace(DEFAULT, memory=11),
+    "relative memory": dataclasses.replace(DEFAULT, positions="relative", memory=11),
 }
 VOCABULARY = 61
 
@@ -181,7 +184,7 @@ def test_attention_is_the_formula() -> None:
         score = score.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
         heads.append(score.softmax(-1) @ v[:, one])
     expected = torch.cat(heads, -1) @ attention.out.weight.T
-    assert (attention(x, None, None, None)[0][0] - expected).abs().max() < 1e-12
+    assert (attention(x, (), None, None)[0][0] - expected).abs().max() < 1e-12
 
 
 def test_rotated_products_depend_on_the_distance_alone() -> None:

@@ -39,13 +39,13 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, (self.width,), self.weight, self.bias, self.epsilon)
 
 
-def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """The rotary embedding's factors (Su et al. 2021, eq. 34), each (*positions, width), fp32.
+def rotary_table(positions: Tensor, width: int, theta: float,
+                 dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """The rotary embedding's factors (Su et al. 2021, eq. 34), each (*positions, width), in `dtype`.
 
     `rotate` pairs channel i with i + width / 2, so the cosines are doubled and the sines carry the sign.
     """
-    frequency = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
-    angle = positions[..., None].float() * frequency
+    angle = _angles(positions, width, theta, dtype)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -56,6 +56,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turned: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
         return turned
     return _turn(x, cos, sin)
+
+
+def sinusoids(distances: Tensor, width: int, theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The fixed encoding R of distances (Vaswani et al. 2017, 3.5): sines, then cosines, (*distances, width)."""
+    angle = _angles(distances, width, theta, dtype)
+    return torch.cat((angle.sin(), angle.cos()), -1)
 
 
 def relu_squared(x: Tensor) -> Tensor:
@@ -80,6 +86,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
     """softmax(scale q k^T) v for q (B, H, T, D) and k, v (B, K, S, D); causal where no mask is given.
 
+    A mask that broadcasts to (B, H, T, S) is True where a query may look, or is added to its scores.
+
     On a CPU the flash kernel's backward pass is slow in bf16 (7 ms where plain products take 0.8 at T = 64, and no
     faster than fp32 beyond), so short sequences take plain products and long ones train through fp32. With dropout
     there is no flash kernel at all.
@@ -89,9 +97,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
     if half and causal and (dropout or q.shape[2] <= EXPLICIT_UP_TO):
         return _attend_explicitly(q, k, v, scale, dropout)
     wide = torch.float32 if half and torch.is_grad_enabled() and q.requires_grad else q.dtype
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(wide)
     y = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), mask, dropout, causal,
                                        scale=scale, enable_gqa=k.shape[1] != q.shape[1])
     return y.to(q.dtype)  # (B, H, T, D)
+
+
+def aligned(scores: Tensor) -> Tensor:
+    """Scores (B, H, T, S) by distance, S - 1 in the first column and 0 in the last, as scores by key.
+
+    Query i is the position S - T + i, so its row moves left by T - 1 - i (Dai et al. 2019, appendix B). Rows of
+    S + 1, with one more column on the left, do just that when they are read as rows of S from the T-th number on.
+    What a row gets beyond its own last score is the next row's, and for the mask to hide.
+    """
+    t, s = scores.shape[2:]
+    return F.pad(scores, (1, 0)).flatten(2)[:, :, t:].unflatten(2, (t, s))
 
 
 def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
@@ -102,6 +123,11 @@ def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: f
     q, k, v = (y.reshape(b * h, t, d) for y in (q, k, v))
     scores = torch.baddbmm(future.expand(b * h, t, t), q, k.mT, alpha=scale)  # (B*H, T, T)
     return (F.dropout(scores.softmax(-1), dropout) @ v).view(b, h, t, d)
+
+
+def _angles(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> Tensor:
+    frequency = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=dtype) / width)
+    return positions[..., None].to(dtype) * frequency  # (*positions, width / 2)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
