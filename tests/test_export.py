@@ -323,6 +323,7 @@ def test_reading_back_sees_a_wrong_file(tmp_path: Path, monkeypatch: pytest.Monk
     ({"norm": "layer", "activation": "gelu", "positions": "learned", "qk_norm": False, "kv_heads": 2},
      "network.kv_heads=0 for the shape of GPT-2"),
     ({"norm": "layer", "activation": "gelu"}, "network.positions=learned, network.qk_norm=false"),
+    ({"activation": "swiglu", "qk_norm": False, "memory": 8}, "network.memory=0"),
 ])
 def test_other_shapes_are_refused_with_the_settings_to_change(network: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):

@@ -24,8 +24,8 @@ from handmill.networks import build
 
 # setting -> what the shape needs; `activation` decides which of the two is meant
 NEEDS: dict[str, dict[str, Any]] = {
-    "gpt2": {"norm": "layer", "positions": "learned", "activation": "gelu", "qk_norm": False},
-    "llama": {"norm": "rms", "positions": "rotary", "activation": "swiglu", "qk_norm": False},
+    "gpt2": {"norm": "layer", "positions": "learned", "activation": "gelu", "qk_norm": False, "memory": 0},
+    "llama": {"norm": "rms", "positions": "rotary", "activation": "swiglu", "qk_norm": False, "memory": 0},
 }
 _TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
 
