@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return tiny.load(tmp_path_factory.mktemp("generate") / "tiny")
 
 
-@pytest.fixture(scope="module", params=["default", "gpt2", "llama"])
+@pytest.fixture(scope="module", params=["default", "gpt2", "llama", "lstm", "transformer_xl"])
 def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     network = getattr(tiny, request.param.upper())
     return tiny.load(tmp_path_factory.mktemp("each") / request.param, network=network)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from handmill.errors import UserError
 from handmill.export.onnx_decoder import _Flat
-from handmill.families.autoregressive import _rows_of
+from handmill.families.autoregressive import Reading
 from handmill.networks.decoder import Attention, Decoder, Settings, State, with_memory
 from handmill.networks.layers import aligned, rotary_table, sinusoids
 from handmill.training.precision import HalfPrecision
@@ -139,7 +139,7 @@ def test_rows_padded_on_the_left_read_on_as_if_alone(settings: Settings) -> None
 def test_rows_may_be_taken_out_of_a_state(settings: Settings) -> None:
     network, tokens = decoder(settings), some_tokens(3, 20)
     _, state = network(tokens, network.padded(torch.tensor([0, 2, 1])))
-    some = _rows_of(state, [2, 0])
+    some = Reading(state, (state.length,) * state.keys[0].shape[0], state.length).rows([2, 0]).state
     assert some.length == state.length == 20
     following = some_tokens(3, 4)
     assert (network(following[[2, 0]], some)[0] - network(following, state)[0][[2, 0]]).abs().max() < 1e-12

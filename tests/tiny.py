@@ -17,6 +17,8 @@ DEFAULT: dict[str, Any] = {"kind": "decoder", "layers": 2, "width": 32, "heads":
 LLAMA = DEFAULT | {"norm": "rms", "positions": "rotary", "activation": "swiglu", "qk_norm": False}
 GPT2 = DEFAULT | {"kv_heads": 0, "norm": "layer", "positions": "learned", "activation": "gelu",
                   "qk_norm": False, "tied": True, "bias": True}
+LSTM = {"kind": "recurrent", "layers": 2, "width": 32, "context": 48}
+TRANSFORMER_XL = DEFAULT | {"memory": 20, "positions": "relative"}
 
 
 def write(path: Path, network: dict[str, Any] = DEFAULT, codec: str = "byte", seed: int = 1,

@@ -21,16 +21,20 @@ SHIPPED = Path(__file__).parent / "recipes"
 
 # table -> kind -> module holding a dataclass of the given name
 KINDS: dict[str, dict[str, str]] = {
-    "data": {"text": "handmill.media.text:Data", "image": "handmill.media.image:Data"},
+    "data": {"text": "handmill.media.text:Data", "image": "handmill.media.image:Data",
+             "music": "handmill.media.music:Data"},
     "codec": {
         "character": "handmill.media.tokenizers:CharacterSettings",
         "byte": "handmill.media.tokenizers:ByteSettings",
         "bpe": "handmill.media.tokenizers:BPESettings",
         "pixels": "handmill.media.pixels:Settings",
         "model": "handmill.media.latents:Settings",
+        "frames": "handmill.media.music_tokens:FrameSettings",
+        "events": "handmill.media.music_tokens:EventSettings",
     },
     "network": {
         "decoder": "handmill.networks.decoder:Settings",
+        "recurrent": "handmill.networks.recurrent:Settings",
         "autoencoder": "handmill.networks.autoencoder:Settings",
         "unet": "handmill.networks.unet:Settings",
         "dit": "handmill.networks.dit:Settings",
@@ -49,14 +53,17 @@ KINDS: dict[str, dict[str, str]] = {
         "adversarial": "handmill.families.adversarial.making:Sampling",
         "diffusion": "handmill.families.diffusion.making:Sampling",
     },
-    "check": {"text": "handmill.checks.text:Settings", "image": "handmill.checks.image:Settings"},
+    "check": {"text": "handmill.checks.text:Settings", "image": "handmill.checks.image:Settings",
+              "music": "handmill.checks.music:Settings"},
 }
 
 # what goes together: (table, its kind) -> the families or media that it can be part of
 FITS: dict[tuple[str, str], tuple[str, ...]] = {
     ("codec", "character"): ("text",), ("codec", "byte"): ("text",), ("codec", "bpe"): ("text",),
     ("codec", "pixels"): ("image",), ("codec", "model"): ("image",),
-    ("network", "decoder"): ("autoregressive",), ("network", "autoencoder"): ("variational",),
+    ("codec", "frames"): ("music",), ("codec", "events"): ("music",),
+    ("network", "decoder"): ("autoregressive",), ("network", "recurrent"): ("autoregressive",),
+    ("network", "autoencoder"): ("variational",),
     ("network", "unet"): ("diffusion",), ("network", "dit"): ("diffusion",),
     ("network", "dcgan"): ("adversarial",), ("network", "stylegan2"): ("adversarial",),
 }
@@ -243,6 +250,8 @@ def _fit(chosen: Mapping[str, str], medium: str, family: str) -> None:
             fitting = [kind for (table, kind), of in FITS.items() if table == key and value in of]
             raise UserError(f"{key}.kind = {chosen[key]!r} does not go with {whole} = {value!r}: "
                             f"choose one of {', '.join(fitting)}")
+    if medium != "image" and family != "autoregressive":
+        raise UserError(f"medium = {medium!r} is learnt as tokens: set family = 'autoregressive'")
     if family == "autoregressive" and chosen["codec"] == "pixels":
         raise UserError("codec.kind = 'pixels' does not go with family = 'autoregressive', which predicts tokens: "
                         "choose model, and a trained VQ-VAE as its path")

@@ -10,18 +10,31 @@ from handmill.errors import UserError
 
 
 class Windows:
-    """Training windows in the stateless order of data/order.py: `batch(places)` is (N, T + 1) int64."""
+    """Training windows in the stateless order of data/order.py: `batch(places)` is (N, T + 1) int64.
 
-    def __init__(self, tokens: NDArray[np.unsignedinteger], context: int, seed: int) -> None:
+    With the `starts` (documents,) of documents that begin with an end token and then `head` tokens that say what they
+    are, a window that begins within a document begins with these.
+    """
+
+    def __init__(self, tokens: NDArray[np.unsignedinteger], context: int, seed: int,
+                 starts: NDArray[np.int64] | None = None, head: int = 0) -> None:
+        assert head < context, (head, context)
         if windows_in_epoch(len(tokens), context) < 1:
             raise UserError(f"the training text has {len(tokens)} tokens, less than one context of {context}: "
                             f"add text, or set network.context to at most {max(1, len(tokens) // 2)}")
         self.tokens, self.context, self.seed = tokens, context, seed
-        self.columns = np.arange(context + 1)
+        self.columns, self.documents, self.head = np.arange(context + 1), starts, head
 
     def batch(self, places: NDArray[np.int64]) -> Tensor:
         starts = window_starts(places, len(self.tokens), self.context, self.seed)
-        return torch.from_numpy(self.tokens[starts[:, None] + self.columns].astype(np.int64))  # (N, T + 1)
+        if self.documents is None:
+            return torch.from_numpy(self.tokens[starts[:, None] + self.columns].astype(np.int64))  # (N, T + 1)
+        document = self.documents[np.maximum(np.searchsorted(self.documents, starts, "right") - 1, 0)]
+        within = (starts > document + self.head)[:, None]
+        places = np.where(self.columns < self.head, document[:, None] + 1 + self.columns,
+                          starts[:, None] + self.columns - self.head)
+        places = np.where(within, places, starts[:, None] + self.columns)  # (N, T + 1)
+        return torch.from_numpy(self.tokens[places].astype(np.int64))
 
 
 def in_turn(tokens: NDArray[np.unsignedinteger], context: int, limit: int = 0) -> Tensor:

@@ -30,4 +30,4 @@ def faithful(network: Any, recipe: Recipe, kept: dict[str, Any]) -> bool:
 
 
 def _making(recipe: Recipe) -> Any:
-    return importlib.import_module(f"handmill.families.{'autoregressive' if recipe.medium == 'text' else 'tensors'}")
+    return importlib.import_module(f"handmill.families.{'tensors' if recipe.medium == 'image' else 'autoregressive'}")

@@ -154,7 +154,8 @@ def task(network: Any, codec: Any, prepared: Any, recipe: Recipe, out: Path) -> 
     return Task(phases, items.batch, evaluate, sample, 1, flops, held_out=held_out, at_once=EVALUATED_AT_ONCE,
                 positions=math.prod(codec.shape[1:]), unit="images", measure="Fréchet distance",
                 training_measure=f"{objective.loss} loss of the generator", picture=picture,
-                judge=judged, remark=collapse.lacking, shown=("coverage", "recall"), compilable=False)
+                judge=judged, remark=collapse.lacking, shown=("coverage", "recall"),
+                uncompiled="the compiler cannot take gradients of gradients")
 
 
 def critic_of(module: nn.Module) -> Critic:

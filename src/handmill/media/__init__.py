@@ -14,7 +14,7 @@ def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Any:
 
 def report_lines(recipe: Recipe, prepared: Any) -> list[str]:
     """What the preparation found, for the screen."""
-    module = {"text": "handmill.data.report", "image": "handmill.data.image_report"}[recipe.medium]
+    module = "handmill.data.report" if recipe.medium == "text" else f"handmill.data.{recipe.medium}_report"
     lines: list[str] = importlib.import_module(module).report_lines(prepared.report)
     return lines
 
@@ -29,6 +29,10 @@ def codec(recipe: Recipe, folder: Path, trained: Any = None) -> Any:
         from handmill.media.latents import Codes, Latents
 
         return (Codes if recipe.family == "autoregressive" else Latents).load(folder, trained)
+    if recipe.medium == "music":
+        from handmill.media import music_tokens
+
+        return music_tokens.load(None, folder)
     from handmill.media import tokenizers
 
     return tokenizers.load(recipe.codec, folder)

@@ -7,6 +7,7 @@ from torch import nn
 
 from handmill.errors import UserError
 
+TOKENS = {"decoder": "Decoder", "recurrent": "Recurrent"}  # networks of tokens (B, T): module -> class
 # of (B, C, *S): module -> class
 NETWORKS = {"autoencoder": "Autoencoder", "unet": "UNet", "dit": "DiT", "dcgan": "Generator", "stylegan2": "Generator"}
 CHOOSING = ("dcgan", "stylegan2")  # whose settings say whether they are told a class
@@ -17,10 +18,10 @@ def build(settings: Any, codec: Any) -> nn.Module:
 
     Tokens have a vocabulary (codec.size), tensors a shape (codec.shape) and classes to ask for (codec.classes).
     """
-    if settings.kind == "decoder":
-        from handmill.networks.decoder import Decoder
-
-        return Decoder(settings, codec.size)
+    if settings.kind in TOKENS:
+        module = importlib.import_module(f"handmill.networks.{settings.kind}")
+        network: nn.Module = getattr(module, TOKENS[settings.kind])(settings, codec.size)
+        return network
     return _made(settings, codec, NETWORKS[settings.kind])
 
 

@@ -152,7 +152,8 @@ class Attention(nn.Module):
         if s.positions == "rotary" and not s.memory:
             q, k = rotate(q, *table), rotate(k, *table)
         if past is not None:
-            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, K, S, D)
+            k, v = (torch.cat((old.to(new.dtype), new), 2) for old, new in zip(past, (k, v), strict=True))
+            # (B, K, S, D); half a run may be in bf16
         present = k, v
         if s.positions == "rotary" and s.memory:  # keys are kept unturned: places in the window stay small for ever
             first, length = k.shape[2] - q.shape[2], q.shape[2]
@@ -275,6 +276,20 @@ class Decoder(nn.Module):
         """The state without its graph: what the next segment goes on from in training."""
         keys, values = (tuple(x.detach() for x in xs) for xs in (state.keys, state.values))
         return state._replace(keys=keys, values=values)
+
+    def blank(self, rows: int, device: torch.device) -> State:
+        """The state of so many rows that have read nothing, in the shape that it has for ever: all of it is hidden."""
+        s = self.settings
+        assert s.memory, "without a memory nothing is carried"
+        empty = torch.zeros(rows, s.key_heads, s.memory, s.head_width, device=device)  # (B, K, M, D)
+        whole, none = (torch.full((rows,), n, device=device) for n in (s.memory, 0))
+        return State((empty,) * s.layers, (empty,) * s.layers, whole, none)
+
+    def restarted(self, state: State, fresh: Tensor) -> State:
+        """The state with the rows `fresh` (B,) bool as if they had read nothing."""
+        assert state.padding is not None
+        assert state.dropped is not None
+        return state._replace(padding=torch.where(fresh, state.dropped + self.settings.memory, state.padding))
 
     def flops_per_token(self) -> float:
         """Floating-point operations of training on one token: 6 a matrix weight, and of attention what is seen

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROWS_AT_ONCE = 256  # of logits, in the loss
+UNCOUNTED = -100  # a target that is no part of the loss, as torch's own losses have it
 EXPLICIT_UP_TO = 128  # positions for which plain bf16 products train faster on a CPU than its flash kernel
 
 
@@ -75,7 +76,8 @@ def relu_squared(x: Tensor) -> Tensor:
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum over N of -log softmax(weight x)[target]: x (N, C), weight (V, C), targets (N,) int64; in nats, fp32.
 
-    The logits are made and turned into their own gradient a few rows at a time, so no (N, V) tensor in fp32 exists.
+    A target of UNCOUNTED adds nothing. The logits are made and turned into their own gradient a few rows at a time, so
+    no (N, V) tensor in fp32 exists.
     """
     if torch.compiler.is_compiling():
         return F.cross_entropy((x @ weight.T).float(), targets, reduction="sum")
@@ -159,12 +161,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, x.shape[0], ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             logits = (x[rows] @ weight.T).float()  # (R, V); from here on in place
-            top, right = logits.amax(-1, keepdim=True), targets[rows, None]  # (R, 1)
-            loss -= (logits.gather(1, right) - top).sum()
+            top, right = logits.amax(-1, keepdim=True), targets[rows, None].clamp(min=0)  # (R, 1)
+            counted = (targets[rows, None] >= 0).float()  # (R, 1)
+            loss -= ((logits.gather(1, right) - top) * counted).sum()
             total = logits.sub_(top).exp_().sum(-1, keepdim=True)  # (R, 1)
-            loss += total.log().sum()
+            loss += (total.log() * counted).sum()
             if wanted:
-                gradient[rows] = logits.div_(total).scatter_add_(1, right, -torch.ones_like(total))
+                gradient[rows] = logits.div_(total / counted).scatter_add_(1, right, -counted)
         if wanted:
             ctx.save_for_backward(x, weight, gradient)
         return loss

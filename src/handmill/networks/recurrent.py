@@ -148,6 +148,15 @@ class Recurrent(nn.Module):
         """The state without the graph that made it: what the next segment starts from."""
         return State(tuple(tuple(part.detach() for part in memory) for memory in state.layers))
 
+    def blank(self, rows: int, device: torch.device) -> State:
+        """The state of so many rows that have read nothing."""
+        starts = [layer.start(rows) for layer in self.layers if isinstance(layer, Layer)]
+        return State(tuple(tuple(part.detach().to(device) for part in memory) for memory in starts))
+
+    def restarted(self, state: State, fresh: Tensor) -> State:
+        """The state with the rows `fresh` (B,) bool as if they had read nothing."""
+        return State(tuple(tuple(part.masked_fill(fresh[:, None], 0.0) for part in memory) for memory in state.layers))
+
     def flops_per_token(self) -> float:
         """Floating-point operations of training on one token: 6 a matrix weight."""
         inner = sum(p.numel() for p in self.layers.parameters() if p.ndim == 2)

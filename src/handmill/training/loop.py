@@ -24,6 +24,7 @@ from handmill.networks.weights import weights_of
 from handmill.recipe import Training
 from handmill.training import checkpoint, distributed
 from handmill.training.batches import Batch, moved
+from handmill.training.carried import Carried
 from handmill.training.monitor import Monitor, count, duration
 from handmill.training.optimizers import Optimizer, rate
 from handmill.training.precision import HalfPrecision
@@ -87,7 +88,8 @@ class Task:
     judge: Callable[[list[dict[str, float]]], str] | None = None  # of all evaluations: what went wrong; "": nothing
     remark: Callable[[list[dict[str, float]]], str] | None = None  # of all evaluations, when a run ends
     shown: tuple[str, ...] = ()  # parts of an evaluation in the live line
-    compilable: bool = True  # false where a loss takes gradients of gradients
+    uncompiled: str = ""  # why the compiler cannot take the step; "": it can
+    carried: Carried | None = None  # the state that the model hands on from step to step
 
     @property
     def owners(self) -> list[Phase]:
@@ -144,6 +146,8 @@ class Run:
         self.sampled = self.started = time.monotonic()
         self.recent: list[tuple[float, int]] = []  # (time, step) for the live speed
         self.told: dict[str, float] = {}  # of the last evaluation, for the live line
+        if task.carried is not None:
+            task.carried.on = True
 
     def train(self) -> Progress:
         """Train to the last step, the early stop or a signal; what was reached is saved in every case."""
@@ -328,23 +332,24 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint of everything the next step depends on."""
-        start = time.perf_counter()
+        start, parts = time.perf_counter(), self.tensors()
         with distributed.first() as mine:
             if mine:
                 facts = {"progress": asdict(self.progress), "choices": asdict(self.choices), "seed": self.seed}
                 kept = self.progress.best_step if self.task.judge else None
-                checkpoint.save(self.folder, self.progress.step, self.tensors(), facts, self.training.keep, kept)
+                checkpoint.save(self.folder, self.progress.step, parts, facts, self.training.keep, kept)
         self.progress.seconds["save"] += time.perf_counter() - start
 
     def tensors(self) -> dict[str, checkpoint.Tensors]:
-        """File name -> tensors: weights and optimizer states of all networks, average and best weights of the model."""
+        """File name -> tensors: weights and optimizer states of all networks, average and best weights of the model,
+        the state that it carries. Every process must call it."""
         parts = {f"{name}-average": weights for name, weights in self.averages.items()}
         parts |= {f"{name}-best": weights for name, weights in self.best.items()}
         for phase in self.task.owners:
             parts[phase.name] = weights_of(phase.network)
             for i, optimizer in enumerate(phase.optimizers):
                 parts[f"{phase.name}-optimizer-{i}"] = optimizer.tensors()
-        return parts
+        return parts | ({"carried": self.task.carried.tensors()} if self.task.carried else {})
 
     def resume(self, last: int | None = None) -> bool:
         """Go on from the newest whole checkpoint, if there is one, up to that of step `last`."""
@@ -377,6 +382,8 @@ class Run:
             load_weights(phase.network, parts[phase.name])
             for i, optimizer in enumerate(phase.optimizers):
                 optimizer.load(parts[f"{phase.name}-optimizer-{i}"])
+        if self.task.carried is not None:
+            self.task.carried.load(parts["carried"], self.device)
 
     def go_back(self, step: int) -> None:
         """Return to the last checkpoint and pass over the data that ended in numbers that are not finite."""

@@ -399,8 +399,8 @@ def compiled(job: Job, real: Rehearsal, eager: Speed, reasons: list[str]) -> tup
     wish, before = job.training.compile, memory.used(job.device)
     if job.kept or wish == "no":
         return eager, 0
-    if not job.task.compilable:
-        reasons.append("not compiled: the compiler cannot take gradients of gradients")
+    if job.task.uncompiled:
+        reasons.append(f"not compiled: {job.task.uncompiled}")
         return eager, 0
     if wish == "auto" and not worth_compiling(eager.step, job.training.steps, job.device):
         found = compiler_found(job.device)

@@ -106,7 +106,7 @@ class Rehearsal:
     def tracked(self, work: Callable[[], object]) -> int:
         """Bytes of tensors on the device at the worst moment of `work()`, weights, optimizers and averages included."""
         networks, optimizers = _trained(self.task)
-        kept = [*(t for o in optimizers for t in o.tensors().values()), *self.average]
+        kept = [*(t for o in optimizers for t in o.tensors().values()), *self.average, *self.carried()]
         if self.real:
             return memory.counted(work, [*networks, *kept])
         return memory.tracked(work, [*networks, *kept], self.device)
@@ -118,7 +118,11 @@ class Rehearsal:
         best = weights[:1] if self.training.weights == "best" else []
         states = [memory.size_of(t for s in o.state.values() for t in s.values() if isinstance(t, Tensor))
                   for o in optimizers]
-        return [*weights, memory.size_of(self.average), *best, *states]
+        return [*weights, memory.size_of(self.average), *best, *states, memory.size_of(self.carried())]
+
+    def carried(self) -> list[Tensor]:
+        """What stands for the state that the model hands on from step to step."""
+        return self.task.carried.example() if self.task.carried else []
 
     @contextmanager
     def without_data(self) -> "Iterator[Rehearsal]":

@@ -44,7 +44,7 @@ def fit(recipe: Recipe, prepared: Any, device: torch.device) -> Any:
 
     Raises UserError for an autoencoder of another medium, size or kind.
     """
-    if recipe.medium == "text":
+    if recipe.medium != "image":
         return prepared.codec()
     height, width, channels = prepared.images("train").shape[1:]
     pixels = Pixels((channels, height, width), prepared.classes, 1.0)
