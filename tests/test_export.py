@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import tiny_code
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,12 +20,14 @@ from handmill.errors import UserError
 from handmill.export import tokenizer as tokenizers_json
 from handmill.export.compare import compare
 from handmill.export.huggingface import shape
+from handmill.families import filling
 from handmill.families.autoregressive import greedy
 from handmill.folder import Model
 from handmill.media import tokenizers
 from handmill.networks.decoder import Decoder, Settings, State
 from handmill.verbs import export as verb
 from handmill.verbs.export import export
+from handmill.verbs.fill import fill
 from handmill.verbs.generate import generate, network_of
 
 SCALED = tiny.DEFAULT | {"norm": "layer", "gain": False, "attention_scale": 0.35, "kv_heads": 0}
@@ -287,6 +290,102 @@ def test_the_tokenizer_cuts_every_text_alike(tmp_path: Path, codec: str, name: s
     assert encode("a<|end|>b").count(ours.end) == 1
     assert encode("") == [ours.end]
     assert encode(tiny.TEXT)[1:] == ours.encode(tiny.TEXT).tolist()
+
+
+# special tokens
+
+SPECIAL = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|more|>")
+
+
+@pytest.mark.parametrize("codec", ["bpe", "byte", "character"])
+@pytest.mark.parametrize("name", ["transformers", "tokenizers"])
+def test_special_tokens_have_the_same_numbers_and_no_text(tmp_path: Path, codec: str, name: str) -> None:
+    library = pytest.importorskip(name)
+    settings_ = {"bpe": tokenizers.BPESettings(vocabulary=300, special=SPECIAL),
+                 "byte": tokenizers.ByteSettings(special=SPECIAL),
+                 "character": tokenizers.CharacterSettings(special=SPECIAL)}[codec]
+    ours = tokenizers.train(settings_, [tiny.TEXT])
+    tokenizers_json.write(ours, 1000, tmp_path)
+    if name == "transformers":
+        loaded = library.AutoTokenizer.from_pretrained(tmp_path)
+        encode, number, size = loaded.encode, loaded.convert_tokens_to_ids, len(loaded)
+    else:
+        loaded = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        loaded.encode_special_tokens = True
+        encode, number, size = (lambda text: loaded.encode(text).ids), loaded.token_to_id, loaded.get_vocab_size()
+
+    assert {mark: number(mark) for mark in SPECIAL} == ours.special
+    assert number("<|end|>") == ours.end
+    assert size == ours.size
+
+    @given(st.text("aé1 \n\t'<|end>fim_prx🙂The", max_size=60), st.lists(st.sampled_from(SPECIAL), max_size=4))
+    @settings(max_examples=200, deadline=None)
+    def same(text: str, marks: list[str]) -> None:
+        expected = [ours.end, *map(int, ours.encode(text))]
+        assert encode(text) == expected
+        tokens = [ours.special[mark] for mark in marks] + expected
+        assert loaded.decode(tokens, skip_special_tokens=True) == ours.decode(tokens)
+        nasty = "".join([text, *marks])
+        assert encode(nasty) == [ours.end, *map(int, ours.encode(nasty))]
+
+    same()
+
+
+@pytest.mark.parametrize("suffix_first", [0.0, 0.5])
+@pytest.mark.parametrize("codec", ["bpe", "character"])
+def test_transformers_fills_the_same_gap(tmp_path: Path, codec: str, suffix_first: float) -> None:
+    """By the prompt that the folder's README.md shows, where the marks would be the likeliest tokens."""
+    transformers = pytest.importorskip("transformers")
+    model = tiny_code.load(tmp_path / "model", codec, tiny.LLAMA, suffix_first=suffix_first)
+    export(model.path, "huggingface")
+    target = model.path / "exports" / "huggingface"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(target)
+    network = transformers.AutoModelForCausalLM.from_pretrained(target)
+    before, after = "The quick", "over"
+    shown = (target / "README.md").read_text(encoding="utf-8")
+    scope: dict[str, Any] = {"tokenizer": tokenizer, "before": before, "after": after}
+    for line in shown.split("Other tokens")[1].splitlines():
+        if line.startswith("    "):
+            exec(line.strip(), scope)
+    assert scope["prompt"] == filling.prompt(model.recipe, model.codec, before, after, 20)
+    made = network.generate(torch.tensor([scope["prompt"]]), max_new_tokens=20, do_sample=False)[0].tolist()
+    text = tokenizer.decode(made[len(scope["prompt"]):], skip_special_tokens=True)
+    assert text == fill(model, before, after, temperature=0.0, max_tokens=20)
+    assert not {*made[len(scope["prompt"]):]} & {*model.codec.special.values()}
+
+
+def test_marks_are_never_drawn_though_likeliest(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = tiny_code.load(tmp_path / "model", "byte", tiny.LLAMA, sampling={"temperature": 0.0})
+    export(model.path, "huggingface")
+    network = transformers.AutoModelForCausalLM.from_pretrained(model.path / "exports" / "huggingface")
+    special = [*model.codec.special.values()]
+    for head in (network.lm_head, model.network.head):
+        head.weight.data[special] = 100 * head.weight.data[[1, 2, 3]]
+    prompt = [model.codec.end, *model.codec.encode("The quick").tolist()]
+    made = network.generate(torch.tensor([prompt]), max_new_tokens=30)[0, len(prompt):].tolist()
+    assert not {*made} & {*special}
+    assert model.codec.decode(made) == generate(model, ["The quick"], max_tokens=30)[0]
+    assert {*greedy(model.network, prompt, 30)} & {*special}  # which it would have been without
+
+
+def test_a_folder_with_other_marks_shows_no_gap(tmp_path: Path) -> None:
+    model = tiny_code.load(tmp_path / "model", network=tiny.GPT2, middle=0.0, special=("<|user|>",))
+    export(model.path, "huggingface")
+    shown = (model.path / "exports" / "huggingface" / "README.md").read_text(encoding="utf-8")
+    assert "`<|user|>`" in shown
+    assert "prompt =" not in shown
+    plain = tiny.load(tmp_path / "plain", network=tiny.GPT2)
+    export(plain.path, "huggingface")
+    assert "Other tokens" not in (plain.path / "exports" / "huggingface" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("codec", "name"), [("byte", "a"), ("bpe", "<|end|>"), ("character", "T"),
+                                             ("character", tokenizers_json.UNKNOWN)])
+def test_a_mark_with_the_name_of_a_token_is_refused(tmp_path: Path, codec: str, name: str) -> None:
+    model = tiny_code.load(tmp_path / "model", codec, tiny.LLAMA, middle=0.0, special=(name,))
+    with pytest.raises(UserError, match=r"special token .* cannot be exported"):
+        export(model.path, "huggingface")
 
 
 def test_without_transformers_the_file_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

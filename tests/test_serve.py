@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_code
 import torch
 
 from handmill import folder
@@ -23,6 +24,7 @@ from handmill.families import autoregressive
 from handmill.families.autoregressive import Sampling, greedy
 from handmill.folder import Model
 from handmill.verbs import serve as verb
+from handmill.verbs.fill import fill
 from handmill.verbs.generate import generate
 
 pytest.importorskip("fastapi")
@@ -169,6 +171,56 @@ def test_neutral_fields_of_other_clients_are_taken(address: str) -> None:
 
 def test_a_prompt_may_be_empty(address: str, models: dict[str, Model]) -> None:
     assert ask(address, prompt="", seed=1).json()["choices"][0]["text"] == generate(models["tiny"], [""], seed=1)[0]
+
+
+# filling in the middle
+
+@pytest.fixture(scope="module")
+def filler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Model, Any]]:
+    """A model that was taught to fill in the middle, and OpenAI's client of its server."""
+    sampling = {"temperature": 0.7, "max_tokens": 30}
+    model = tiny_code.load(tmp_path_factory.mktemp("filler") / "filler", "bpe", sampling=sampling)
+    with running({"filler": model}, limits=Limits(samples=6, max_tokens=500)) as url:
+        yield model, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def test_the_client_fills_a_gap(filler: tuple[Model, Any]) -> None:
+    model, client = filler
+    answer = client.completions.create(model="filler", prompt="The quick", suffix=" dog", seed=4, max_tokens=16, n=2)
+    assert answer.choices[0].text == fill(model, "The quick", " dog", 4, max_tokens=16)
+    assert answer.choices[1].text != answer.choices[0].text
+    texts = [len(model.codec.encode(text)) for text in ("The quick", " dog")]
+    assert answer.usage.prompt_tokens == sum(texts) + 4  # the marks, and the end in front
+    stream = client.completions.create(model="filler", prompt="The quick", suffix=" dog", seed=4, max_tokens=16,
+                                       stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == answer.choices[0].text
+
+
+def test_a_gap_leaves_its_texts_half_of_the_context(filler: tuple[Model, Any]) -> None:
+    model, client = filler
+    before, after = "The quick brown fox " * 30, " jumps over the lazy dog" * 30
+    answer = client.completions.create(model="filler", prompt=before, suffix=after, seed=4)
+    assert answer.choices[0].text == fill(model, before, after, 4)  # 24 tokens, not the recipe's 30
+    assert answer.usage.completion_tokens <= 24
+    assert answer.usage.prompt_tokens <= 24
+    echoed = client.completions.create(model="filler", prompt=before, suffix=after, seed=4, echo=True)
+    assert echoed.choices[0].text == before + answer.choices[0].text
+    with pytest.raises(openai.BadRequestError, match="leaves no room"):
+        client.completions.create(model="filler", prompt="a", suffix="b", max_tokens=46)
+
+
+def test_no_suffix_goes_on_with_the_text(filler: tuple[Model, Any]) -> None:
+    model, client = filler
+    expected = generate(model, ["The"], seed=4)[0]
+    for empty in (None, ""):
+        answer = client.completions.create(model="filler", prompt="The", suffix=empty, seed=4)
+        assert answer.choices[0].text == expected
+
+
+def test_a_model_that_was_not_taught_refuses_a_suffix(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"taught to fill in the middle, and 'tiny' was not") as caught:
+        client.completions.create(model="tiny", prompt="a", suffix="b")
+    assert caught.value.param == "suffix"
 
 
 # refusals

@@ -11,7 +11,32 @@ from typing import Any
 from handmill import __version__
 from handmill.errors import UserError
 
+
+def temperatures(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers: write for example 0.8,1,1,1") from None
+
+
 OVERRIDES = "recipe keys to override, for example training.steps=500"
+SAMPLING: dict[str, tuple[Any, str]] = {  # option of generate -> its type and what it does
+    "temperature": (float, "0: always the likeliest token"), "top_k": (int, "tokens to choose from"),
+    "top_p": (float, "probability mass to choose from"),
+    "min_p": (float, "least share of the likeliest token's probability"),
+    "repetition_penalty": (float, "above 1: less repetition"), "max_tokens": (int, "new tokens a sample"),
+    "steps": (int, "of a diffusion model: more are finer and slower; of music: a piece ends after so many"),
+    "guidance": (float, "of a diffusion model: above 1, more like the class"),
+    "sampler": (str, "of a diffusion model: ddpm, ddim, euler, heun, dpmpp_2m, unipc"),
+    "truncation": (float, "of an adversarial model: below 1, nearer to the centre"),
+    "voice_temperatures": (temperatures, "of music: 0.8,1 for a chord's notes from the highest down, the last for all "
+                           "below")}
+MEDIA = {  # option of generate -> the media that have it; one that is not here is of all
+    "prompt_file": ("text",), "stop": ("text",), "out": ("image", "music"), "steps": ("image", "music"),
+    "guidance": ("image",), "sampler": ("image",), "truncation": ("image",), "mixing": ("image",), "walk": ("image",),
+    "project": ("image",), "fit": ("image",), "each": ("image",), "melody": ("music",), "beginning": ("music",),
+    "soundfont": ("music",), "voice_temperatures": ("music",)}
 
 
 def new(args: argparse.Namespace) -> None:
@@ -50,13 +75,12 @@ def generate(args: argparse.Namespace) -> None:
     from handmill import folder
     from handmill.verbs.generate import generate, stream
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "steps", "guidance",
-             "sampler", "truncation")
-    settings = pairs(args.set) | {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = pairs(args.set) | {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     settings |= {"seed": args.seed} | ({"stop": tuple(args.stop)} if args.stop else {})
     model = folder.load(args.folder)
-    if model.recipe.medium == "image":
-        return _images(args, model, settings)
+    _fitting(args, model.recipe.medium)
+    if model.recipe.medium != "text":
+        return (_images if model.recipe.medium == "image" else _music)(args, model, settings)
     prompts = [p.read_text(encoding="utf-8") for p in args.prompt_file] + args.prompt or [""]
     prompts = [p for p in prompts for _ in range(args.n or 1)]
     if len(prompts) == 1:
@@ -67,6 +91,17 @@ def generate(args: argparse.Namespace) -> None:
         return
     for i, text in enumerate(generate(model, prompts, runtime=args.runtime, **settings)):
         print(f"--- {i + 1}\n{prompts[i]}{text}")
+
+
+def _fitting(args: argparse.Namespace, medium: str) -> None:
+    """Raise UserError for an option of generate that another medium has."""
+    from handmill.verbs.generate import MADE
+
+    for option, media in MEDIA.items():
+        if getattr(args, option) and medium not in media:
+            others = " and ".join(MADE[one] for one in media)
+            raise UserError(f"--{option.replace('_', '-')} is for {others}, and {args.folder} makes {MADE[medium]}: "
+                            "leave it out")
 
 
 def _images(args: argparse.Namespace, model: Any, settings: dict[str, Any]) -> None:
@@ -81,6 +116,17 @@ def _images(args: argparse.Namespace, model: Any, settings: dict[str, Any]) -> N
         classes[i % len(classes)] for i in range(args.n or 16)]
     out = args.out or args.folder / "samples"
     for path in save_images(model, prompts, out, runtime=args.runtime, **settings):
+        print(path)
+
+
+def _music(args: argparse.Namespace, model: Any, settings: dict[str, Any]) -> None:
+    from handmill.verbs.compose import save_music, wish
+
+    steps = settings.pop("steps", None)
+    wishes = [wish(model, prompt, args.melody, args.beginning, steps) for prompt in args.prompt or [""]]
+    wishes = [one for one in wishes for _ in range(args.n or 1)]
+    for path in save_music(model, wishes, args.out or args.folder / "samples", runtime=args.runtime,
+                           soundfont=args.soundfont, progress=True, **settings):
         print(path)
 
 
@@ -148,88 +194,45 @@ def pairs(overrides: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The whole parser, and each verb's own, with its options and an example."""
-    top = argparse.ArgumentParser(
-        "handmill", description="Your files in; a generative model you own out.",
-        epilog="The road: new -> plan -> train -> check -> generate -> export -> serve, and compare and card. "
-               "Each verb has its own --help with an example.")
-    top.add_argument("--version", action="version", version=f"handmill {__version__}")
-    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-
-    def verb(function: object, about: str, example: str) -> argparse.ArgumentParser:
-        name = function.__name__  # type: ignore[attr-defined]
-        sub = verbs.add_parser(name, help=about, description=about, epilog=f"example:\n  handmill {name} {example}",
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
-        sub.set_defaults(function=function)
-        return sub
-
-    p = verb(new, "write a commented recipe and point it at your files", "gpt notes/ --out notes.toml")
+def _new_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("recipe", nargs="?", help="a shipped recipe; leave out to list them")
-    p.add_argument("files", nargs="*", help="files, folders or globs of text")
+    p.add_argument("files", nargs="*", help="files, folders or globs")
     p.add_argument("--out", type=Path, help="the file to write (default: RECIPE.toml)")
     p.add_argument("--name", help="the model's name; its folder is runs/NAME")
 
-    p = verb(plan, "say what training will take: memory, time, disk, largest batch", "notes.toml training.batch=64")
-    _recipe_arguments(p)
-    p = verb(train, "train from a recipe and write the model folder; goes on where an interrupted run stopped",
-             "notes.toml training.steps=500")
+
+def _train_arguments(p: argparse.ArgumentParser) -> None:
     _recipe_arguments(p)
     p.add_argument("--quiet", action="store_true", help="print nothing")
 
-    p = verb(check, "measure a model on held-out documents, beside floors, and look for copies",
-             "runs/notes samples=16")
-    p.add_argument("folder", type=Path, help="a model folder")
+
+def _check_arguments(p: argparse.ArgumentParser) -> None:
+    _folder_argument(p)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe's [check] table")
 
-    p = verb(generate, "make text or images", 'runs/notes "Once upon" --temperature 0.7 --max-tokens 100 --seed 3\n'
-             "  handmill generate runs/digits 7 -n 16 --steps 20 --out sevens\n"
-             "  handmill generate runs/stylegan2 --walk walk.gif --truncation 0.7")
-    p.add_argument("folder", type=Path, help="a model folder")
-    p.add_argument("prompt", nargs="*", help="texts to continue, or classes of images (default: start from nothing)")
+
+def _generate_arguments(p: argparse.ArgumentParser) -> None:
+    _folder_argument(p)
+    p.add_argument("prompt", nargs="*", help="texts to continue, classes of images, or what music is to be, such as "
+                   '"key=G tempo=90 name=bach" (default: start from nothing)')
     p.add_argument("--prompt-file", type=Path, action="append", default=[], help="a file whose text is continued")
     p.add_argument("-n", type=int, help="samples a prompt (default 1), or images of all classes (default 16)")
     p.add_argument("--seed", type=int, default=1, help="the same seed gives the same samples (default 1)")
-    p.add_argument("--out", type=Path, help="where images go (default: the model folder's samples/)")
+    p.add_argument("--out", type=Path, help="where images and music go (default: the model folder's samples/)")
     p.add_argument("--runtime", choices=("torch", "onnx"), default="torch", help="what runs the network")
-    for name, kind, about in (("temperature", float, "0: always the likeliest token"),
-                              ("top-k", int, "tokens to choose from"),
-                              ("top-p", float, "probability mass to choose from"),
-                              ("min-p", float, "least share of the likeliest token's probability"),
-                              ("repetition-penalty", float, "above 1: less repetition"),
-                              ("max-tokens", int, "new tokens a sample"),
-                              ("steps", int, "of a diffusion model: more are finer and slower"),
-                              ("guidance", float, "of a diffusion model: above 1, more like the class"),
-                              ("sampler", str, "of a diffusion model: ddpm, ddim, euler, heun, dpmpp_2m, unipc"),
-                              ("truncation", float, "of an adversarial model: below 1, nearer to the centre")):
-        p.add_argument(f"--{name}", type=kind, help=f"{about} (default: the recipe's)")
+    for name, (kind, about) in SAMPLING.items():
+        p.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{about} (default: the recipe's)")
     _exploring_arguments(p)
+    _music_arguments(p)
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the [sampling] table")
     p.add_argument("--stop", action="append", help="a text that ends the sample; may be given more than once")
 
-    p = verb(export, "write the model for another runtime, compared with the original on the spot",
-             "runs/notes --to onnx")
-    p.add_argument("folder", type=Path, help="a model folder")
-    p.add_argument("--to", choices=("onnx", "huggingface"), required=True)
 
-    p = verb(serve, "serve model folders over an OpenAI-shaped REST interface on this machine",
-             "runs/notes --port 8000")
-    p.add_argument("folders", type=Path, nargs="+", help="model folders")
-    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    p.add_argument("--port", type=int, default=8000)
-
-    p = verb(card, "write the model card as Markdown and HTML", "runs/notes")
-    p.add_argument("folder", type=Path, help="a model folder")
-
-    p = verb(compare, "set models of the same data side by side, of any family: one table and one picture",
-             "runs/vae runs/ddpm runs/latent-diffusion --out comparison")
-    p.add_argument("folders", type=Path, nargs="+", help="two or more model folders")
-    p.add_argument("--out", type=Path, help="where compare.md and compare.png go (default: compare/)")
-    p.add_argument("--no-check", action="store_true", help="do not check a model that was not checked: say so and end")
-
-    p = verb(demo, "the whole road on text that every Python has, in two minutes", "")
-    p.add_argument("--out", type=Path, default=Path("runs"), help="where the demo's folders go (default: runs)")
-    return top, verbs.choices
+def _music_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--melody", type=Path, metavar="FILE", help="of music: a MIDI file whose highest notes it has")
+    p.add_argument("--beginning", type=Path, metavar="FILE", help="of music: a MIDI file that the piece begins with")
+    p.add_argument("--soundfont", default="", metavar="FILE", help="of music: an SF2 file to play with (default: the "
+                   "built-in synthesiser)")
 
 
 def _exploring_arguments(p: argparse.ArgumentParser) -> None:
@@ -251,6 +254,70 @@ def _recipe_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("recipe", help="a recipe file, or a shipped recipe's name")
     p.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
     p.add_argument("--out", type=Path, help="the model folder (default: runs/NAME)")
+
+
+def _export_arguments(p: argparse.ArgumentParser) -> None:
+    _folder_argument(p)
+    p.add_argument("--to", choices=("onnx", "huggingface"), required=True)
+
+
+def _serve_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("folders", type=Path, nargs="+", help="model folders")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    p.add_argument("--port", type=int, default=8000)
+
+
+def _compare_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("folders", type=Path, nargs="+", help="two or more model folders")
+    p.add_argument("--out", type=Path, help="where compare.md and compare.png go (default: compare/)")
+    p.add_argument("--no-check", action="store_true", help="do not check a model that was not checked: say so and end")
+
+
+def _demo_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--out", type=Path, default=Path("runs"), help="where the demo's folders go (default: runs)")
+
+
+def _folder_argument(p: argparse.ArgumentParser) -> None:
+    p.add_argument("folder", type=Path, help="a model folder")
+
+
+VERBS = (  # function, what it does, an example, its arguments
+    (new, "write a commented recipe and point it at your files", "gpt notes/ --out notes.toml", _new_arguments),
+    (plan, "say what training will take: memory, time, disk, largest batch", "notes.toml training.batch=64",
+     _recipe_arguments),
+    (train, "train from a recipe and write the model folder; goes on where an interrupted run stopped",
+     "notes.toml training.steps=500", _train_arguments),
+    (check, "measure a model on held-out documents, beside floors, and look for copies", "runs/notes samples=16",
+     _check_arguments),
+    (generate, "make text, images or music", 'runs/notes "Once upon" --temperature 0.7 --max-tokens 100 --seed 3\n'
+     "  handmill generate runs/digits 7 -n 16 --steps 20 --out sevens\n"
+     "  handmill generate runs/stylegan2 --walk walk.gif --truncation 0.7\n"
+     '  handmill generate runs/chorales "key=G" -n 4 --melody tune.mid --out harmonised', _generate_arguments),
+    (export, "write the model for another runtime, compared with the original on the spot", "runs/notes --to onnx",
+     _export_arguments),
+    (serve, "serve model folders over an OpenAI-shaped REST interface on this machine", "runs/notes --port 8000",
+     _serve_arguments),
+    (card, "write the model card as Markdown and HTML", "runs/notes", _folder_argument),
+    (compare, "set models of the same data side by side, of any family: one table and one picture",
+     "runs/vae runs/ddpm runs/latent-diffusion --out comparison", _compare_arguments),
+    (demo, "the whole road on text that every Python has, in two minutes", "", _demo_arguments))
+
+
+def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole parser, and each verb's own, with its options and an example."""
+    top = argparse.ArgumentParser(
+        "handmill", description="Your files in; a generative model you own out.",
+        epilog="The road: new -> plan -> train -> check -> generate -> export -> serve, and compare and card. "
+               "Each verb has its own --help with an example.")
+    top.add_argument("--version", action="version", version=f"handmill {__version__}")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for function, about, example, arguments in VERBS:
+        name = function.__name__
+        sub = verbs.add_parser(name, help=about, description=about, epilog=f"example:\n  handmill {name} {example}",
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.set_defaults(function=function)
+        arguments(sub)
+    return top, verbs.choices
 
 
 def main(argv: Sequence[str] | None = None) -> int:

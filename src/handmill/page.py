@@ -1,4 +1,4 @@
-"""A page of sections as Markdown, and as one HTML file that needs nothing else. Both escape all text."""
+"""A page of sections as Markdown, and as one HTML file that needs nothing else. All text but Raw is escaped."""
 
 import base64
 import re
@@ -39,7 +39,14 @@ class Picture(NamedTuple):
     alt: str
 
 
-Block = Text | Points | Table | Code | Picture
+class Raw(NamedTuple):
+    """HTML that is put into the page as it is, so its maker has escaped it; Markdown has a sentence in its place."""
+
+    html: str
+    instead: str
+
+
+Block = Text | Points | Table | Code | Picture | Raw
 
 
 class Section(NamedTuple):
@@ -75,8 +82,8 @@ def plain(text: str) -> str:
 
 
 def _markdown(block: Block) -> str:
-    if isinstance(block, Text):
-        return plain(block.text)
+    if isinstance(block, Text | Raw):
+        return plain(block.text if isinstance(block, Text) else block.instead)
     if isinstance(block, Points):
         return "\n".join(f"- {plain(item)}" for item in block.items)
     if isinstance(block, Table):
@@ -102,6 +109,8 @@ def _html(block: Block, folder: Path) -> str:
     if isinstance(block, Picture):
         data = base64.b64encode((folder / block.file).read_bytes()).decode()
         return f'<img alt="{escape(block.alt)}" src="data:image/png;base64,{data}">'
+    if isinstance(block, Raw):
+        return block.html
     caption = f"<figcaption>{escape(block.caption)}</figcaption>" if block.caption else ""
     return f"<figure>{caption}<pre>{escape(block.text)}</pre></figure>"
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from handmill.card import facts
 from handmill.card.facts import NOT_CHECKED, Row, number
+from handmill.checks import code
 from handmill.checks.verdict import carried_lines, copying_table, shown
 from handmill.page import Block, Code, Points, Section, Table, Text
 from handmill.recipe import Recipe
@@ -63,6 +64,7 @@ def data(path: Path, report: dict[str, Any]) -> list[Block]:
 def measured(path: Path, recipe: Recipe, check: dict[str, Any]) -> list[Section]:
     """What the check found."""
     return [Section("Quality on held-out text", _quality(check) if check else [Text(NOT_CHECKED)]),
+            *([Section("Python that it writes", _code(check["code"]))] if "code" in check else []),
             Section("Copying from the training text", _copying(check["copying"]) if check else [Text(NOT_CHECKED)]),
             Section("Samples", _samples(path, check))]
 
@@ -114,6 +116,14 @@ def _quality(check: dict[str, Any]) -> list[Block]:
              f"tokens, {found['stride']:,} from one to the next. Characters the tokenizer does not know: "
              f"{held['unknown_characters']:,}."),
         *map(Text, carried_lines(check)), Text(f"Verdict: {check['verdict']['text']}.")]
+
+
+def _code(found: dict[str, Any]) -> list[Block]:
+    if "missing" in found:
+        return [Text(f"Code was {found['missing']}.")]
+    return [Text(f"{code.heading(found)}. What parses and compiles may still be wrong: `pass` is a correct body. In "
+                 "brackets the interval of 95 % (Wilson 1927)."),
+            *(Table([*table]) for table in code.tables(found)), Points(code.remarks(found))]
 
 
 def _copying(copying: dict[str, Any]) -> list[Block]:

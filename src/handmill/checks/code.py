@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from handmill.checks.intervals import Figure, wilson
-from handmill.checks.verdict import aligned, percent
+from handmill.checks.intervals import Figure, difference, wilson
+from handmill.checks.tables import Row, aligned, percent
 from handmill.data.order import draw, permute
 from handmill.errors import UserError
 
 LIMIT = 8_000  # characters that are compiled: within it nesting of any kind ends in an error, soon and without a crash
 DOCUMENT = 200_000  # characters of a held-out document, which is the user's own, at most
-MODEL, REAL = "this model", "the real text"
+MODEL, REAL, SHUFFLED = "this model", "the real text", "its lines shuffled"  # rows of the tables
+NOTHING, ANOTHER = "nothing", "another's lines"
 _FAILURES = (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError)  # ValueError: a NUL, half a surrogate
 _LEXEME = re.compile(r'''(?P<skipped>\#[^\n]* | \\\n | ("""|\'\'\')(?:\\.|[^\\])*?(?:\2|\Z)
                                     | "(?:\\.|[^"\\\n])*" | '(?:\\.|[^'\\\n])*')
@@ -84,7 +85,7 @@ def completion(found: Sequence[Function], complete: Complete, seed: int) -> dict
     made = complete([function.head for function in found])
     assert len(made) == len(found), (len(made), len(found))
     shuffled = [_shuffled(function.body, draw(seed, "lines", i)) for i, function in enumerate(found)]
-    rows = ((MODEL, made), (REAL, [function.body for function in found]), ("its lines shuffled", shuffled))
+    rows = ((MODEL, made), (REAL, [function.body for function in found]), (SHUFFLED, shuffled))
     shares: dict[str, Any] = {name: _continued(found, texts) for name, texts in rows}
     shares[MODEL]["ends"] = _share([block(text[:LIMIT])[1] for text in made])
     return shares
@@ -93,14 +94,16 @@ def completion(found: Sequence[Function], complete: Complete, seed: int) -> dict
 def middle(found: Sequence[Function], fill: Fill, seed: int) -> dict[str, Any]:
     """Functions whose gap is filled, beside the real lines, none at all, and the lines of another function's gap.
 
-    Row -> "parses", "compiles".
+    Row -> "parses", "compiles", and for the model "exact": how many are the real lines but for white space at the end.
     """
     gaps = [gap(function, draw(seed, "gap", i)) for i, function in enumerate(found)]
     made, real = fill([(before, after) for before, _, after in gaps]), [lines for _, lines, _ in gaps]
     assert len(made) == len(found), (len(made), len(found))
-    rows = ((MODEL, made), (REAL, real), ("nothing", [""] * len(gaps)), ("another's lines", real[1:] + real[:1]))
-    return {name: _shares([syntax(before + text + after) for (before, _, after), text in zip(gaps, texts, strict=True)])
-            for name, texts in rows}
+    rows = ((MODEL, made), (REAL, real), (NOTHING, [""] * len(gaps)), (ANOTHER, real[1:] + real[:1]))
+    shares = {name: _shares([syntax(before + text + after)
+                             for (before, _, after), text in zip(gaps, texts, strict=True)]) for name, texts in rows}
+    shares[MODEL]["exact"] = _share([a.rstrip() == b.rstrip() for a, b in zip(made, real, strict=True)])
+    return shares
 
 
 def functions(documents: Sequence[str], count: int, longest: int, seed: int) -> list[Function]:
@@ -161,16 +164,52 @@ def _quietly(read: Callable[[], Any]) -> Any:
             return None
 
 
-def lines(result: dict[str, Any]) -> list[str]:
-    """What the screen shows of `run`: a table for each way to write code."""
-    shown = [f"{result['functions']:,} Python functions of {result['documents']:,} held-out documents; none was run"]
+def tables(result: dict[str, Any]) -> list[list[Row]]:
+    """A table for each way to write code, its header first."""
     titles = {"completion": "signature and docstring completed", "middle": "lines in the middle filled in"}
-    for part, title in titles.items():
-        if part in result:
-            rows = [(name, percent(row["parses"]), percent(row["compiles"])) for name, row in result[part].items()]
-            shown += ["", *aligned([(title, "parses", "compiles"), *rows])]
-    ends = percent(result["completion"][MODEL]["ends"])
-    return [*shown, "", f"came to the end of the function by itself: {ends}"]
+    return [[(title, "parses", "compiles"),
+             *((name, percent(row["parses"]), percent(row["compiles"])) for name, row in result[part].items())]
+            for part, title in titles.items() if part in result]
+
+
+def heading(result: dict[str, Any]) -> str:
+    """Which functions were taken."""
+    return (f"{result['functions']:,} Python functions of {result['documents']:,} held-out documents, "
+            f"of at most {result['longest']:,} characters; none was run")
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """What the screen shows of `run`."""
+    shown = [heading(result)]
+    for table in tables(result):
+        shown += ["", *aligned(table)]
+    return [*shown, "", *remarks(result)]
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """What else was counted of the model's own text."""
+    said = [f"came to the end of the function by itself: {percent(result['completion'][MODEL]['ends'])}"]
+    if "middle" in result:
+        said.append(f"filled a gap with the very lines that stood there: {percent(result['middle'][MODEL]['exact'])}")
+    return said
+
+
+def words(result: dict[str, Any]) -> list[str]:
+    """What the verdict says: the shares that compile, and whether they are shown to lie above the highest floor."""
+    said = [_above(result["completion"], {SHUFFLED: "with their real lines shuffled"},
+                   "of the Python functions it completes compile")]
+    if "middle" in result:
+        floors = {NOTHING: "with the gap left empty", ANOTHER: "with another's lines in it"}
+        said.append(_above(result["middle"], floors, "of those it fills a gap in compile"))
+    return said
+
+
+def _above(rows: dict[str, Any], floors: dict[str, str], what: str) -> str:
+    shares = {name: Figure(**rows[name]["compiles"]) for name in (MODEL, *floors)}
+    floor = max(floors, key=lambda name: shares[name].value)
+    apart = difference(shares[MODEL], shares[floor]).low
+    return (f"{shares[MODEL].value:.1%} {what}, {'more' if apart and apart > 0 else 'not shown to be more'} than the "
+            f"{shares[floor].value:.1%} {floors[floor]}")
 
 
 def _continued(found: Sequence[Function], texts: Sequence[str]) -> dict[str, Any]:

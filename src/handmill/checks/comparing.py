@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from handmill.checks import music_verdict
 from handmill.checks.verdict import carried_lines, percent, shown
 from handmill.recipe import Recipe
 from handmill.training.monitor import duration
 
 # keys of the [data] table that leave the held-out items as they are
-_FREE = ("paths", "test_paths", "licence", "flip", "shift", "rotation", "colour_jitter", "binarise")
+_FREE = ("paths", "test_paths", "licence", "transpose", "flip", "shift", "rotation", "colour_jitter", "binarise")
 _BASELINES = {"trigram": "trigram model", "xz": "xz", "xz_trained": "xz after training text"}
 _MORE_IS_BETTER = ("precision", "recall", "coverage")  # of density, up to that of real images only
 
@@ -110,7 +111,7 @@ def compare(entries: Sequence[Entry]) -> dict[str, Any]:
     "columns" are the models and what they are held against; "best" is a model's number, None where none is shown.
     """
     medium = entries[0].recipe.medium
-    references, rows, notes = (_image if medium == "image" else _text)(entries)
+    references, rows, notes = {"image": _image, "music": _music, "text": _text}[medium](entries)
     notes += [f"{e.name}: {line}" for e in entries for line in carried_lines(e.check)]
     machines = {tuple(sorted((k, str(v)) for k, v in e.training.get("machine", {}).items())) for e in entries}
     if len(machines) > 1:
@@ -205,6 +206,31 @@ def _text(entries: Sequence[Entry]) -> tuple[list[str], list[Row], list[str]]:
     notes = [_of_split(entries), *_unknown(entries), *_reasons(entries, ("copying",)), "Copying has no best: the "
              "verdict says where it is more than held-out text shares with the training text."]
     return [_BASELINES[name] for name in known], rows, notes
+
+
+def _music(entries: Sequence[Entry]) -> tuple[list[str], list[Row], list[str]]:
+    """Reference columns, rows and notes. Only figures per frame and per note compare across kinds of tokens."""
+    found = [e.check["likelihood"] for e in entries]
+    trigram = _first(e.check["baselines"]["trigram"] for e in entries)
+    rows = []
+    for name, unit in music_verdict.units(entries[0].check).items():
+        if all(name in f for f in found):
+            rows.append(Row(unit, [*(f[name] for f in found), *([trigram[name]] if trigram else [])],
+                            "" if name == "nats_per_token" else "lower"))
+    styles = {"scale_consistency": "share of a sample's notes in one scale", "notes_per_step": "its notes a step"}
+    real = next((e.check["style"] for e in entries if "missing" not in e.check["style"]), {})
+    rows += [Row(words, [_made(e.check["style"], name) for e in entries]
+                 + ([f"held-out pieces {shown(real[name]['held_out'])}"] if trigram and name in real else []))
+             for name, words in styles.items()]
+    pieces = ", ".join(f"{e.name} {e.check['held_out']['pieces']:,}" for e in entries)
+    return ["trigram model"] if trigram else [], rows, [
+        f"Pieces of the {entries[0].check['held_out']['split']} split that were read: {pieces}."]
+
+
+def _made(style: dict[str, Any], name: str) -> Figure | str:
+    """A figure of the samples, or why there is none."""
+    part = style.get(name, {}).get("generated") or style
+    return _short(part) if "missing" in part else part
 
 
 def _copied(entries: Sequence[Entry], length: str) -> list[Figure | str]:

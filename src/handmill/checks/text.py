@@ -1,4 +1,4 @@
-"""The check of a text model: likelihood beside what a compressor and a trigram model reach, and copying.
+"""The check of a text model: likelihood beside what a compressor and a trigram model reach, copying, and code.
 
 Every figure carries an interval, the number of units behind it, and how the interval was found.
 """
@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from handmill import folder
-from handmill.checks import baselines, memorisation
+from handmill.checks import baselines, code, memorisation, memory
 from handmill.checks.characters import CHUNK, END, Codes, Spelling, documents, of
 from handmill.checks.intervals import FEW, LEVEL, Figure, block_ratio, difference, ratio, share
 from handmill.checks.likelihood import COUNTED, Scores, Selection, score, select, targets
 from handmill.checks.verdict import lines, verdict
 from handmill.data.packed import Packed
 from handmill.errors import UserError
-from handmill.families import autoregressive
+from handmill.families import autoregressive, filling
 from handmill.folder import Model
-from handmill.recipe import positive
+from handmill.recipe import not_negative, positive
 
 NO_TRAINING_DATA = "not measured: training data is not on this machine"
 NO_SAMPLES = "not measured: check.samples is 0"
@@ -48,12 +48,15 @@ class Settings:
     lengths: tuple[int, ...] = (16, 32, 64, 128)  # characters in a row that count as copied
     trigram_bytes: int = 10_000_000  # of the training text that the trigram model learns from, at most
     xz_bytes: int = 8_000_000  # of the training text that xz reads before the held-out text, at most
+    functions: int = 0  # of held-out Python that are completed, and have a gap filled; 0: none
+    function_characters: int = 1200  # of such a function, at most
+    function_tokens: int = 256  # new ones of a completion or a filled gap, at most
+
+    memories: tuple[int, ...] = ()  # positions of memory that perplexity is measured at, of a network with one
 
     def __post_init__(self) -> None:
-        positive(self, "sample_tokens", "trigram_bytes", "xz_bytes")
-        for name in ("tokens", "stride", "samples"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} = {getattr(self, name)} must be 0 or more")
+        positive(self, "sample_tokens", "trigram_bytes", "xz_bytes", "function_characters", "function_tokens")
+        not_negative(self, "tokens", "stride", "samples", "functions")
         if not self.lengths or min(self.lengths) < 1:
             raise UserError(f"lengths = {list(self.lengths)} must name one or more lengths above 0")
 
@@ -93,10 +96,12 @@ def run(model: Model, settings: Settings, progress: bool = True) -> dict[str, An
     model_figures, baseline_figures = _likelihood(ground, scores), _baselines(ground, scores)
     samples = _samples(ground)
     result = {
-        "seed": ground.seed, "settings": asdict(settings) | {"lengths": list(settings.lengths)},
+        "seed": ground.seed,
+        "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()},
         "weights": _weights(model), "held_out": _held_out(ground, scores),
         "likelihood": model_figures, "baselines": baseline_figures,
-        "samples": _save(model.path, samples, ground), "copying": _copying(ground, samples),
+        "samples": _save(model.path, samples, ground), "copying": _copying(ground, samples), **_code(ground),
+        **memory.of(model, ground.selection, settings.memories, ground.seed, progress=progress),
     }
     return result | {"verdict": verdict(result), "seconds": time.perf_counter() - started}
 
@@ -210,22 +215,54 @@ def _trigram(ground: _Ground, training: NDArray[Any], scores: Scores) -> dict[st
 
 def _samples(ground: _Ground) -> list[str]:
     """Texts from nothing, with the recipe's own sampling but for their length and stop strings."""
-    count, model = ground.settings.samples, ground.model
-    sampling = _sampling(ground)
-    texts = [""] * count
-    with tqdm(total=count, unit=" texts", desc="samples", disable=not (ground.progress and count)) as bar:
-        for first in range(0, count, _AT_ONCE):
-            prompts = [""] * min(_AT_ONCE, count - first)
-            for piece in autoregressive.generate(model.network, model.codec, prompts, sampling, ground.seed,
-                                                 first=first):
+    return _made(ground, [""] * ground.settings.samples, ground.settings.sample_tokens, "samples")
+
+
+def _made(ground: _Ground, prompts: Sequence[str | Sequence[int]], new: int, title: str) -> list[str]:
+    """What the model goes on with after each prompt, at most `new` tokens."""
+    model, sampling, texts = ground.model, _sampling(ground, new), [""] * len(prompts)
+    with tqdm(total=len(prompts), unit=" texts", desc=title, disable=not (ground.progress and prompts)) as bar:
+        for first in range(0, len(prompts), _AT_ONCE):
+            for piece in autoregressive.generate(model.network, model.codec, prompts[first:first + _AT_ONCE], sampling,
+                                                 ground.seed, first=first):
                 texts[first + piece.row] += piece.text
                 bar.update(bool(piece.finish))
     return texts
 
 
-def _sampling(ground: _Ground) -> autoregressive.Sampling:
+def _sampling(ground: _Ground, new: int) -> autoregressive.Sampling:
     recipe: autoregressive.Sampling = ground.model.recipe.sampling
-    return replace(recipe, max_tokens=ground.settings.sample_tokens, stop=())
+    return replace(recipe, max_tokens=new, stop=())
+
+
+def _code(ground: _Ground) -> dict[str, Any]:
+    """{"code": how many functions of the held-out text parse and compile}, or {} where it is not asked for."""
+    model, settings = ground.model, ground.settings
+    if not settings.functions:
+        return {}
+
+    def complete(heads: list[str]) -> list[str]:
+        # as in the midst of a file, for few begin with a function
+        return _made(ground, [model.codec.encode(head).tolist() for head in heads], settings.function_tokens,
+                     "functions")
+
+    def fill(gaps: list[tuple[str, str]]) -> list[str]:
+        new = min(settings.function_tokens, filling.longest(model.recipe))
+        return _made(ground, [filling.prompt(model.recipe, model.codec, *gap, new) for gap in gaps], new, "gaps")
+
+    able = filling.taught(model.recipe, model.codec)
+    try:
+        return {"code": code.run(_documents(ground), settings.functions, settings.function_characters, ground.seed,
+                                 complete, fill if able else None)}
+    except UserError as error:
+        return {"code": {"missing": f"not measured: {error}"}}
+
+
+def _documents(ground: _Ground) -> list[str]:
+    """The held-out documents; without those that hold a character unknown to the tokenizer."""
+    codec, tokens = ground.model.codec, ground.held_out
+    each = np.split(tokens, np.flatnonzero(tokens == codec.end))
+    return [codec.decode(part) for part in each if codec.unknown is None or not (part == codec.unknown).any()]
 
 
 def _save(path: Path, samples: Sequence[str], ground: _Ground) -> dict[str, Any]:
@@ -233,7 +270,8 @@ def _save(path: Path, samples: Sequence[str], ground: _Ground) -> dict[str, Any]
     file.parent.mkdir(exist_ok=True)
     rows = ({"sample": i, "seed": ground.seed, "text": text} for i, text in enumerate(samples))
     folder.write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    about = {"file": SAMPLES, "count": len(samples), "prompt": "", "sampling": asdict(_sampling(ground))}
+    about = {"file": SAMPLES, "count": len(samples), "prompt": "",
+             "sampling": asdict(_sampling(ground, ground.settings.sample_tokens))}
     return about | folder.fingerprint(file)
 
 

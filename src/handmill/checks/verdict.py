@@ -2,6 +2,11 @@
 
 from typing import Any
 
+from handmill.checks import code, memory
+from handmill.checks.tables import aligned, percent, shown
+
+__all__ = ["aligned", "carried_lines", "copying_table", "lines", "percent", "shown", "verdict"]
+
 _NAMES = {"trigram": "trigram model", "xz": "xz", "xz_trained": "xz after training text"}
 
 
@@ -11,14 +16,15 @@ def verdict(result: dict[str, Any]) -> dict[str, Any]:
     `copies` is true where the share of generated text found in the training text is shown to lie above that of
     held-out text by more than the margin, at any length.
 
-    `good` is true only where the model is shown to be better than a trigram model and than xz, and no copier.
+    `good` is true only where the model is shown to be better than a trigram model and than xz, and no copier; what it
+    makes of code is told beside it.
     """
     trigram, worse = _against_trigram(result["baselines"]["trigram"])
     xz, worse_than_xz, rival = _against_xz(result)
     copying = result["copying"]
     copies = None if "missing" in copying else bool(copying["much_more_at"])
     words = [_words("a trigram model", trigram, worse, result["baselines"]["trigram"].get("missing")),
-             _words(rival, xz, worse_than_xz, None), _copies(copying)]
+             _words(rival, xz, worse_than_xz, None), _copies(copying), *_code(result)]
     return {"text": "; ".join(words), "better_than_trigram": trigram, "better_than_xz": xz, "copies": copies,
             "good": trigram is True and xz is True and copies is False}
 
@@ -36,7 +42,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"{held['characters']:,} characters, {held['tokens']:,} tokens", "",
         *aligned(table), "",
         f"perplexity {shown(found['perplexity'])}, {shown(found['nats_per_token'])} nats, per token", "",
-        *_copying_lines(result["copying"]), "",
+        *_copying_lines(result["copying"]), "", *_code_lines(result), *memory.lines(result.get("memory", [])),
         f"intervals of 95 %: {unit['method']}, n = {unit['n']}", *carried_lines(result),
         f"verdict: {result['verdict']['text']}"]
 
@@ -55,27 +61,6 @@ def copying_table(copying: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append((length, row["missing"], "") if "missing" in row else
                     (length, percent(row["generated"]), percent(row["held_out"])))
     return rows
-
-
-def shown(figure: dict[str, Any]) -> str:
-    """A figure as text: 1.470 [1.455, 1.483]."""
-    return _interval(figure, lambda x: f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3f}")
-
-
-def percent(figure: dict[str, Any]) -> str:
-    """A share as text: 1.25 % [0.80 %, 1.90 %]."""
-    return _interval(figure, lambda x: f"{100 * x:.2f} %")
-
-
-def aligned(table: list[tuple[str, str, str]]) -> list[str]:
-    """Rows of three cells under one another."""
-    widths = [max(len(row[column]) for row in table if row[2]) for column in (0, 1)]
-    return [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in table]
-
-
-def _interval(figure: dict[str, Any], form: Any) -> str:
-    value = str(form(figure["value"]))
-    return value if figure["low"] is None else f"{value} [{form(figure['low'])}, {form(figure['high'])}]"
 
 
 def _against_trigram(trigram: dict[str, Any]) -> tuple[bool | None, bool]:
@@ -124,3 +109,15 @@ def _copying_lines(copying: dict[str, Any]) -> list[str]:
     run = (f"longest run copied: {longest['characters']} characters, in sample {longest['text']}, "
            f"from training document {longest['document']}" if longest else "no character copied")
     return ["found word for word in the training text:", *aligned(copying_table(copying)), run]
+
+
+def _code(result: dict[str, Any]) -> list[str]:
+    found = result.get("code")
+    return [] if found is None else [f"code {found['missing']}"] if "missing" in found else code.words(found)
+
+
+def _code_lines(result: dict[str, Any]) -> list[str]:
+    found = result.get("code")
+    if found is None:
+        return []
+    return [f"Python functions: {found['missing']}" if "missing" in found else "\n".join(code.lines(found)), ""]

@@ -89,9 +89,10 @@ def _entry(source: Source, licence: str) -> dict[str, Any]:
     import hashlib
 
     modified = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(source.modified / 1e9))
+    known = source.licence == sources.STDLIB_LICENCE  # whatever data.licence says of the user's own files
     entry: dict[str, Any] = {"path": source.name, "bytes": source.bytes, "modified": modified, "sha256": None,
-                             "licence": licence, "documents": 0}
-    if source.licence:
+                             "licence": source.licence if known else licence, "documents": 0}
+    if source.licence and not known:
         entry["licence_file"] = source.licence
     try:
         with source.path.open("rb") as file:

@@ -9,7 +9,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -25,13 +25,15 @@ FORMAT = "handmill-data/1"
 class Packed(Prepared):
     """A prepared corpus. Opening it reads data.json and nothing else."""
 
+    form = FORMAT
+
     @classmethod
-    def open(cls, folder: Path | str) -> "Packed":
+    def open(cls, folder: Path | str) -> Self:
         """Open a prepared folder. A split's file may be missing until it is asked for. Raises UserError."""
         folder = Path(folder)
         about = read_json(folder / "data.json")
-        if about.get("format") != FORMAT or about.get("dtype") not in ("uint16", "uint32"):
-            raise UserError(f"{folder / 'data.json'} is not of the format {FORMAT}: prepare the data again")
+        if about.get("format") != cls.form or about.get("dtype") not in ("uint16", "uint32"):
+            raise UserError(f"{folder / 'data.json'} is not of the format {cls.form}: prepare the data again")
         splits = about.get("splits")
         if not isinstance(splits, dict) or not all(_counted(splits.get(name)) for name in NAMES):
             raise UserError(f"{folder / 'data.json'} does not say what each split holds: prepare the data again")
@@ -67,8 +69,7 @@ class Packed(Prepared):
 
     def codec(self) -> Tokenizer:
         """The tokenizer, here or beside this folder as in a model folder. Raises UserError."""
-        inside = self.folder / "codec"
-        return load(None, inside if inside.is_dir() else self.folder.parent / "codec")
+        return load(None, self._codec_folder())
 
     def held_out_files(self) -> list[str]:
         """What a model folder keeps, to be checked anywhere: all but the tokenizer and the training split."""
@@ -86,6 +87,10 @@ class Packed(Prepared):
             return bool(self.report and self.manifest and self.codec())
         except UserError:
             return False
+
+    def _codec_folder(self) -> Path:
+        inside = self.folder / "codec"
+        return inside if inside.is_dir() else self.folder.parent / "codec"
 
     def _whole(self, name: str, size: int | None) -> Path:
         file = self.folder / name

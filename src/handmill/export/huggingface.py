@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from handmill.data.middle import NAMES
 from handmill.errors import UserError
 from handmill.export import tokenizer
 from handmill.export.compare import compare
+from handmill.families import filling
 from handmill.folder import Model, weights_of, write_text
 from handmill.networks import build
 
@@ -42,6 +44,17 @@ Licence of the training text, as its owner states it: {licence}.
     print(tokenizer.decode(network.generate(**tokens)[0], skip_special_tokens=True))
 
 The tokenizer puts `<|end|>` in front of every text, as in training; `<|end|>` inside a text stays text.
+{marks}"""
+_MARKS = """
+Other tokens that no text becomes: {names}. They are put by their number, between the tokens of texts:
+
+    mark = tokenizer.convert_tokens_to_ids
+    def ids(text): return tokenizer(text, add_special_tokens=False)["input_ids"]
+"""
+_FILLING = """
+What stands between two texts, up to `<|end|>`, follows this prompt:
+
+    prompt = [mark("<|end|>"), {order}]
 """
 
 
@@ -56,7 +69,20 @@ def write(model: Model, folder: Path) -> None:
         write_text(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
     write_text(folder / "README.md", _README.format(
         name=model.recipe.name, licence=model.recipe.data.licence, context=settings.context,
-        shape=_TITLES[shape(settings)], parameters=sum(w.numel() for w in weights.values())))
+        shape=_TITLES[shape(settings)], parameters=sum(w.numel() for w in weights.values()), marks=_marks(model)))
+
+
+def _marks(model: Model) -> str:
+    """What README.md says of special tokens."""
+    if not model.codec.special:
+        return ""
+    said = _MARKS.format(names=", ".join(f"`{name}`" for name in model.codec.special))
+    if not filling.taught(model.recipe, model.codec):
+        return said
+    prefix, suffix, middle = (f'mark("{name}")' for name in NAMES)
+    order = (f"{prefix}, {suffix}, *ids(after), {middle}, *ids(before)" if filling.suffix_first(model.recipe) else
+             f"{prefix}, *ids(before), {suffix}, *ids(after), {middle}")
+    return said + _FILLING.format(order=order)
 
 
 def compare_folder(model: Model, folder: Path, windows: Tensor) -> dict[str, Any]:
@@ -216,8 +242,11 @@ def _llama_layer(bias: bool) -> Iterator[tuple[str, list[str], bool]]:
 def _generation(model: Model) -> dict[str, Any]:
     """The values of generation_config.json, from the recipe's [sampling] table."""
     s, end = model.recipe.sampling, model.codec.end
-    common = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "max_new_tokens": s.max_tokens,
-              "repetition_penalty": s.repetition_penalty}
+    common: dict[str, Any] = {
+        "bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "max_new_tokens": s.max_tokens,
+        "repetition_penalty": s.repetition_penalty}
+    if model.codec.special:
+        common["suppress_tokens"] = [*model.codec.special.values()]  # never drawn here either
     if s.temperature == 0:
         return common | {"do_sample": False}
     return common | {"do_sample": True, "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from handmill.errors import optional
+from handmill.folder import Model
 
 OPSET = 23  # the first with attention and RMS norm as operators
 FORMAT = "handmill-onnx/1"
@@ -34,6 +35,19 @@ def save(module: nn.Module, example: tuple[Any, ...], free: tuple[Any, ...], inp
     assert program is not None
     size = sum(parameter.nbytes for parameter in module.parameters())
     program.save(str(file), external_data=size > WHOLE)
+
+
+def facts(model: Model) -> dict[str, Any]:
+    """What export.json says of every network of tokens."""
+    codec = model.codec
+    return {"format": FORMAT, "name": model.recipe.name, "opset": OPSET, "context": model.recipe.network.context,
+            "vocabulary": codec.size, "end": codec.end, "special": dict(getattr(codec, "special", {})),  # never drawn
+            "network": model.recipe.table()["network"]}
+
+
+def thing(model: Model) -> str:
+    """What the end token stands in front of."""
+    return "piece" if model.recipe.medium == "music" else "document"
 
 
 @contextmanager

@@ -10,10 +10,11 @@ the bytes; what the messages mean stands here:
 - A voice is what one channel plays in one track, counted from the first track.
 """
 
+import json
 import os
 import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,10 +65,10 @@ def from_bytes(data: bytes, name: str = "the MIDI file", pedal: bool = True) -> 
                  max(end, max(note.end for note in notes)))
 
 
-def write(path: Path | str, score: Score) -> None:
-    """Write `score.tidy()` as a MIDI file of type 1. Raises UserError where it cannot be written."""
+def write(path: Path | str, score: Score, about: Mapping[str, str] | None = None) -> None:
+    """Write `score.tidy()` as `to_bytes` has it. Raises UserError where it cannot be written."""
     beside = Path(path).with_name(f".{Path(path).name}.tmp-{os.getpid()}")
-    data = to_bytes(score)
+    data = to_bytes(score, about)
     try:
         beside.write_bytes(data)
         beside.replace(path)
@@ -77,10 +78,11 @@ def write(path: Path | str, score: Score) -> None:
         beside.unlink(missing_ok=True)
 
 
-def to_bytes(score: Score) -> bytes:
+def to_bytes(score: Score, about: Mapping[str, str] | None = None) -> bytes:
     """The bytes of a file of type 1: a track of tempos, keys and metres, then one for each voice.
 
-    From the 16th voice on channels are shared, each note then being told its program.
+    From the 16th voice on channels are shared, each note then being told its program. `about` stands as JSON in a text
+    event at the beginning.
     """
     mido: Any = optional("mido", "music")
     score = score.tidy()
@@ -90,7 +92,7 @@ def to_bytes(score: Score) -> bytes:
     melodic = [voice for voice, notes in sorted(parts.items()) if notes[0].program != DRUMS]
     channels = {voice: _CHANNELS[i % len(_CHANNELS)] for i, voice in enumerate(melodic)}
     shared = len(melodic) > len(_CHANNELS)
-    tracks = [_conductor(score)]
+    tracks = [_conductor(score, about)]
     tracks += [_track(notes, channels.get(voice, _DRUM_CHANNEL), shared) for voice, notes in sorted(parts.items())]
     content = BytesIO()
     mido.MidiFile(type=1, ticks_per_beat=score.resolution, tracks=tracks).save(file=content)
@@ -265,9 +267,10 @@ def _title(events: list[tuple[int, int, Any]]) -> str:
         return raw.decode("latin-1")
 
 
-def _conductor(score: Score) -> Any:
+def _conductor(score: Score, about: Mapping[str, str] | None) -> Any:
     mido: Any = optional("mido", "music")
     events = [(0, mido.MetaMessage("track_name", name=score.title.encode("utf-8", "replace").decode("latin-1")))]
+    events += [(0, mido.MetaMessage("text", text=json.dumps(dict(about))))] if about else []
     events += [(tick, mido.MetaMessage("set_tempo", tempo=tempo)) for tick, tempo in score.tempos]
     events += [(tick, mido.MetaMessage("time_signature", numerator=beats, denominator=of))
                for tick, beats, of in score.metres]

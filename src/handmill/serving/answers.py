@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from handmill.folder import Model
 from handmill.serving.engine import Busy, Engine, Job
 
-ENDPOINTS = {"text": "/v1/completions", "image": "/v1/images/generations"}
+ENDPOINTS = {"text": "/v1/completions", "image": "/v1/images/generations", "music": "/v1/music/generations"}
 
 
 class Refusal(Exception):

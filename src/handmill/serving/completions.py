@@ -9,13 +9,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from handmill import recipe as recipes
-from handmill.families.autoregressive import SEEDS, Piece, Sampling, encode, generate
+from handmill.families import filling
+from handmill.families.autoregressive import SEEDS, Piece, Sampling, encode, generate, limit
 from handmill.folder import Model
 from handmill.serving.answers import Refusal, as_error, no_others, weights
 from handmill.serving.engine import Limits
 
 # what OpenAI's interface has and this one has not, with the values that some clients send without meaning anything
-NEUTRAL: dict[str, tuple[Any, ...]] = {"logprobs": (), "suffix": (), "best_of": (1,), "frequency_penalty": (0,),
+NEUTRAL: dict[str, tuple[Any, ...]] = {"logprobs": (), "best_of": (1,), "frequency_penalty": (0,),
                                        "presence_penalty": (0,), "logit_bias": ({},)}
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens")
 
@@ -37,6 +38,9 @@ class Completion(BaseModel):
     temperature: float | None = Field(None, ge=0, description="0: always the likeliest token")
     top_p: float | None = Field(None, gt=0, le=1, description="probability mass to choose from")
     n: int = Field(1, ge=1, description="samples a prompt")
+    suffix: str | None = Field(None, description="text after a gap: what stands between prompt and suffix is made, by "
+                                                 "a model taught to fill in the middle; of long texts it reads what is "
+                                                 "nearest the gap")
     stream: bool = Field(False, description="answer in server-sent events as the text is made")
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = Field(None, description="text that ends a sample and is not part of it")
@@ -57,15 +61,17 @@ class Answer:
         if not prompts or len(prompts) * asked.n > limits.samples:
             raise Refusal(400, f"prompts times n must be from 1 to {limits.samples}", "n")
         self.asked, self.model, self.sampling = asked, model, _sampling(asked, model, limits)
-        self.prompt_tokens = sum(_prompt_tokens(model, prompt) for prompt in prompts)
+        read = [_tokens(asked, model, prompt, self.sampling.max_tokens) for prompt in prompts]
+        self.prompt_tokens = sum(map(len, read))
         self.prompts = [prompt for prompt in prompts for _ in range(asked.n)]
+        self.read = [tokens for tokens in read for _ in range(asked.n)]
         self.seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
         self.made = [0] * len(self.prompts)  # new tokens of each sample
         self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion",
                      "created": int(time.time()), "model": asked.model, "system_fingerprint": weights(model)}
 
     def work(self, _dropped: Callable[[], bool]) -> Iterable[Piece]:
-        return generate(self.model.network, self.model.codec, self.prompts, self.sampling, self.seed)
+        return generate(self.model.network, self.model.codec, self.read, self.sampling, self.seed)
 
     def choice(self, index: int, text: str, finish: str) -> dict[str, Any]:
         return {"index": index, "text": text, "finish_reason": finish or None, "logprobs": None}
@@ -111,24 +117,31 @@ def _sampling(asked: Completion, model: Model, limits: Limits) -> Sampling:
     if len(values.get("stop", ())) > limits.stops:
         raise Refusal(400, f"stop holds more than {limits.stops} strings, the most allowed", "stop")
     table = model.recipe.table()["sampling"]
-    table["max_tokens"] = min(table["max_tokens"], limits.max_tokens)
+    gap = filling.longest(model.recipe) if asked.suffix else limits.max_tokens
+    table["max_tokens"] = min(table["max_tokens"], limits.max_tokens, gap)
     sampling: Sampling = recipes.build(Sampling, table | values, "sampling")
     if sampling.max_tokens > limits.max_tokens:
         raise Refusal(400, f"max_tokens is above {limits.max_tokens}, the most allowed", "max_tokens")
     return sampling
 
 
-def _prompt_tokens(model: Model, prompt: str) -> int:
-    """How many tokens the network reads for a prompt. Raises Refusal when they do not fit its context."""
-    context = model.recipe.network.context
+def _tokens(asked: Completion, model: Model, prompt: str, new: int) -> list[int]:
+    """What the network reads for a prompt. Raises Refusal where it does not fit, or a suffix means nothing to it."""
+    if asked.suffix:
+        if not filling.taught(model.recipe, model.codec):
+            raise Refusal(400, f"suffix needs a model that was taught to fill in the middle, and {asked.model!r} was "
+                          "not: leave it out", "suffix")
+        return filling.prompt(model.recipe, model.codec, prompt, asked.suffix, new)
+    context = limit(model.network)
     # a first look that costs nothing: no token stands for more bytes than the longest
     count = len(prompt) // max(map(len, model.codec.token_bytes))
     if count <= context:
-        count = len(encode(model.codec, prompt))
-    if count > context:
-        raise Refusal(400, f"the prompt has {count} tokens or more, but this model's context is {context}: "
-                      "send the last part of it", "prompt", "context_length_exceeded")
-    return count
+        tokens = encode(model.codec, prompt)
+        if len(tokens) <= context:
+            return tokens
+        count = len(tokens)
+    raise Refusal(400, f"the prompt has {count} tokens or more, but this model's context is {context}: "
+                  "send the last part of it", "prompt", "context_length_exceeded")
 
 
 def _event(content: dict[str, Any]) -> str:

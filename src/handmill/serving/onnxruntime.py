@@ -1,7 +1,7 @@
 """Exported .onnx files called as the networks they come from are, on the CPU.
 
-B batch, T new positions, P past positions, K key/value heads, D head width, V vocabulary, C channels, *S space,
-*L the latent's shape; of a generator Z its latent, N its noise.
+B batch, T new positions, P past positions, K key/value heads, D head width, H units of a layer, V vocabulary,
+C channels, *S space, *L the latent's shape; of a generator Z its latent, N its noise.
 """
 
 import json
@@ -16,12 +16,13 @@ from torch import Tensor
 from handmill import recipe as recipes
 from handmill.errors import UserError, optional
 from handmill.export.onnx_decoder import cache_names
-from handmill.networks import autoencoder
+from handmill.export.onnx_recurrent import PARTS, memory_names
+from handmill.networks import autoencoder, recurrent
 from handmill.networks.decoder import Decoder, Settings, State
 
 
 class Runtime:
-    """An autoregressive model: logits, state = runtime(tokens, state)."""
+    """A decoder: logits, state = runtime(tokens, state)."""
 
     device = torch.device("cpu")
 
@@ -29,21 +30,49 @@ class Runtime:
         self.settings: Settings = recipes.build(Settings, about["network"], "network")
         self.graph = Graph(folder / "model.onnx")
         self.outputs = ["logits", *cache_names(self.settings.layers, "present")]
+        self.carries = self.settings.memory > 0
 
     padded = staticmethod(Decoder.padded)
 
     def __call__(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """As Decoder.forward: tokens (B, T) int64 to logits (B, T, V) and the state, all on the CPU."""
         assert tokens.ndim == 2, tokens.shape
-        s, batch = self.settings, tokens.shape[0]
-        padding = state.padding if state is not None else None
-        past = (*state.keys, *state.values) if state is not None else ()
-        if not past:
-            past = (torch.zeros(batch, s.key_heads, 0, s.head_width),) * (2 * s.layers)  # (B, K, 0, D)
+        s, none = self.settings, torch.zeros(tokens.shape[0], dtype=torch.long)
+        before = State((), ()) if state is None else state
+        empty = (torch.zeros(len(none), s.key_heads, 0, s.head_width),) * (2 * s.layers)  # (B, K, 0, D)
+        past = (*before.keys, *before.values) or empty
         inputs = dict(zip(cache_names(s.layers, "past"), past, strict=True)) | {"tokens": tokens}
-        inputs["padding"] = torch.zeros(batch, dtype=torch.long) if padding is None else padding
+        inputs["padding"] = none if before.hidden is None else before.hidden
         logits, *present = self.graph(inputs, self.outputs)
-        return logits, State(tuple(present[:s.layers]), tuple(present[s.layers:]), padding)  # (B, T, V)
+        after = State(tuple(present[:s.layers]), tuple(present[s.layers:]), before.padding, before.dropped)
+        if self.carries:
+            gone = before.kept + tokens.shape[1] - after.kept
+            after = after._replace(dropped=(none if before.dropped is None else before.dropped) + gone)
+        return logits, after  # (B, T, V)
+
+
+class RecurrentRuntime:
+    """A recurrent network: logits, state = runtime(tokens, state)."""
+
+    device, carries = torch.device("cpu"), True
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        self.settings: recurrent.Settings = recipes.build(recurrent.Settings, about["network"], "network")
+        self.graph, self.parts = Graph(folder / "model.onnx"), len(PARTS[self.settings.cell])
+        self.inputs = memory_names(self.settings, "past")
+        self.outputs = ["logits", *memory_names(self.settings, "present")]
+
+    def __call__(self, tokens: Tensor, state: recurrent.State | None = None) -> tuple[Tensor, recurrent.State]:
+        """As Recurrent.forward: tokens (B, T) int64 to logits (B, T, V) and the state, all on the CPU."""
+        assert tokens.ndim == 2, tokens.shape
+        memories = self._blank(len(tokens)) if state is None else state.layers
+        past = [part for memory in memories for part in memory]  # (B, H) each
+        logits, *present = self.graph(dict(zip(self.inputs, past, strict=True)) | {"tokens": tokens}, self.outputs)
+        each = range(0, len(present), self.parts)
+        return logits, recurrent.State(tuple(tuple(present[i:i + self.parts]) for i in each))  # (B, T, V)
+
+    def _blank(self, rows: int) -> tuple[tuple[Tensor, ...], ...]:
+        return tuple((torch.zeros(rows, units),) * self.parts for units in self.settings.widths)
 
 
 class DenoiserGraph:
@@ -117,7 +146,7 @@ class Graph:
         return tuple(map(torch.from_numpy, self.session.run(outputs, arrays)))
 
 
-def load(folder: Path) -> Runtime | DenoiserGraph | AutoencoderGraphs | GeneratorGraph:
+def load(folder: Path) -> Runtime | RecurrentRuntime | DenoiserGraph | AutoencoderGraphs | GeneratorGraph:
     """What is exported in `folder`, called as its network is. Raises UserError when it cannot be read."""
     about = read(folder)
     try:
@@ -128,7 +157,7 @@ def load(folder: Path) -> Runtime | DenoiserGraph | AutoencoderGraphs | Generato
                 return AutoencoderGraphs(folder, about)
             case "adversarial":
                 return GeneratorGraph(folder, about)
-        return Runtime(folder, about)
+        return (RecurrentRuntime if about["network"]["kind"] == "recurrent" else Runtime)(folder, about)
     except (KeyError, TypeError, ValueError) as error:
         raise _broken(folder, error) from None
 

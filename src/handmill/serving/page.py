@@ -13,11 +13,15 @@ _STYLE = ("body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem a
 # endpoint -> the medium it is for, and a request of it
 _EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
     "/v1/completions": ("text", {"prompt": "", "max_tokens": 100, "seed": 1}),
-    "/v1/images/generations": ("image", {"prompt": "", "n": 1, "seed": 1})}
+    "/v1/images/generations": ("image", {"prompt": "", "n": 1, "seed": 1}),
+    "/v1/music/generations": ("music", {"prompt": "", "n": 1, "seed": 1, "response_format": "mid"})}
 
 
-def render(schema: dict[str, Any], models: Mapping[str, str], base: str) -> str:
-    """The page for an OpenAPI description, the models served with what each makes, and the server's address."""
+def render(schema: dict[str, Any], models: Mapping[str, str], base: str, takes: Mapping[str, str]) -> str:
+    """The page for an OpenAPI description, the models served with what each makes, and the server's address.
+
+    `takes` says of some models what they can be asked for.
+    """
     parts = ["<!doctype html><html lang=en><meta charset=utf-8><title>Handmill</title>",
              f"<style>{_STYLE}</style>",
              f"<h1>Handmill {escape(schema['info']['version'])}</h1>",
@@ -34,6 +38,8 @@ def render(schema: dict[str, Any], models: Mapping[str, str], base: str) -> str:
             reference = _body(operation)
             if reference:
                 parts.append(_example(base.rstrip("/") + path, {"model": asked} | request))
+                parts += [f"<p><code>{escape(name)}</code> {escape(said)}." for name, said in takes.items()
+                          if models[name] == medium]
                 parts.append(_fields(schema["components"]["schemas"], reference))
     return "\n".join(parts)
 

@@ -1,5 +1,7 @@
 """The REST interface, shaped as OpenAI's so that its clients work: /v1/models, /v1/completions, /v1/images/generations.
 
+OpenAI has nothing for notes: /v1/music/generations is shaped as images are.
+
 `create_app` needs the serve extra, and is imported by `handmill serve` alone.
 """
 
@@ -11,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,7 +22,7 @@ from handmill import __version__
 from handmill.errors import UserError
 from handmill.families import tensors
 from handmill.folder import Model
-from handmill.serving import completions, images
+from handmill.serving import completions, images, music
 from handmill.serving.answers import ENDPOINTS, Refusal, as_error, chosen, results
 from handmill.serving.engine import Engine, Limits
 from handmill.serving.page import render
@@ -29,8 +32,8 @@ def create_app(models: Mapping[str, Model], limits: Limits | None = None,
                hosts: Sequence[str] = ("*",)) -> FastAPI:
     """The application that serves `models` by their names. `hosts` are the Host headers it answers to.
 
-    One engine answers requests in turn, for text and images. Errors have OpenAI's shape: {"error": {message, type,
-    param, code}}.
+    One engine answers requests in turn, for text, images and music. Errors have OpenAI's shape: {"error": {message,
+    type, param, code}}.
     """
     limits = limits or Limits()
     engine = Engine(limits.waiting)
@@ -62,6 +65,11 @@ def create_app(models: Mapping[str, Model], limits: Limits | None = None,
         answer = images.Answer(asked, chosen(models, asked.model, "image"), limits)
         return await answer.whole(results(answer.work, engine, request))
 
+    @app.post(ENDPOINTS["music"], summary="Make music", response_model=None)
+    async def compose(asked: music.Composition, request: Request) -> dict[str, Any]:
+        answer = await run_in_threadpool(music.Answer, asked, chosen(models, asked.model, "music"), limits)
+        return await answer.whole(results(answer.work, engine, request))
+
     return app
 
 
@@ -89,7 +97,8 @@ def _describe(app: FastAPI, models: Mapping[str, Model], engine: Engine) -> None
     @app.get("/docs", include_in_schema=False)
     def docs(request: Request) -> HTMLResponse:
         makes = {name: model.recipe.medium for name, model in models.items()}
-        return HTMLResponse(render(app.openapi(), makes, str(request.base_url)))
+        takes = {name: music.takes(model) for name, model in models.items() if makes[name] == "music"}
+        return HTMLResponse(render(app.openapi(), makes, str(request.base_url), takes))
 
     @app.get("/", include_in_schema=False)
     def root() -> RedirectResponse:
@@ -101,6 +110,8 @@ def _about(model: Model) -> dict[str, Any]:
     facts: dict[str, Any] = {"medium": model.recipe.medium, "endpoint": ENDPOINTS[model.recipe.medium]}
     if model.recipe.medium == "image":
         facts |= {"size": images.size(model), "classes": list(tensors.classes(model.recipe, model.codec))}
+    if model.recipe.medium == "music":
+        facts |= music.about(model)
     return facts
 
 

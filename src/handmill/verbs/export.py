@@ -13,23 +13,25 @@ from torch import Tensor
 
 from handmill import folder
 from handmill.errors import UserError
-from handmill.export import compare_tensors, huggingface, onnx_decoder, onnx_tensors
-from handmill.export.compare import compare
+from handmill.export import compare_tensors, huggingface, onnx_decoder, onnx_recurrent, onnx_tensors
+from handmill.export.compare import SEGMENTS, compare
 from handmill.folder import Model
 from handmill.serving import onnxruntime
+from handmill.verbs.generate import MADE
 
 WINDOWS = 4  # compared
-LENGTH = 128  # tokens a window, where the context holds as many
+LENGTH = 128  # tokens a window, or a segment of one, where the context holds as many
 IMAGES = 8  # compared
 SAMPLES = 4  # images made by both runtimes ...
 STEPS = 20  # ... in so many steps at most
+_TOKENS: dict[str, Any] = {"decoder": onnx_decoder, "recurrent": onnx_recurrent}  # network.kind -> what writes it
 
 
 def export(path: Path | str, to: str) -> dict[str, Any]:
     """Write `path`/exports/<to>/ ("onnx" or "huggingface"), compare it, record the figures in the receipt.
 
     Returns the record: {"path", "made", "weights" (sha256), "compared_with", "compared_on", "files", ...} with
-    "logits_error", "tolerance" and "greedy_tokens" of text, and of images "graphs" {file: {"largest_error",
+    "logits_error", "tolerance" and "greedy_tokens" of text and music, and of images "graphs" {file: {"largest_error",
     "tolerance", "fp32_rounding", ...}} and, where the model makes images by itself, "levels_apart". Raises UserError,
     leaving no export, when it computes another thing than the network.
     """
@@ -37,9 +39,8 @@ def export(path: Path | str, to: str) -> dict[str, Any]:
     if to not in targets:
         raise UserError(f"cannot export to {to!r}: choose one of {', '.join(targets)}")
     model = folder.load(path)
-    if to == "huggingface" and model.recipe.medium != "text":
-        raise UserError(f"transformers has no name for a model of {model.recipe.medium}s such as {model.path}: "
-                        "export --to onnx instead")
+    if to == "huggingface" and (strange := _strange(model)):
+        raise UserError(f"transformers has no name for {strange} such as {model.path}: export --to onnx instead")
     target = model.path / "exports" / to
     staged = target.with_name(to + ".tmp")
     for old in (target, staged):
@@ -60,18 +61,42 @@ def export(path: Path | str, to: str) -> dict[str, Any]:
 
 
 def held_out(model: Model) -> tuple[Tensor, str]:
-    """Windows (B, T) of the model's validation text, evenly spread, or random tokens where there is none."""
-    length = min(LENGTH, model.recipe.network.context)
-    if (model.path / "data").is_dir():
-        from handmill.data.packed import Packed
+    """Windows (B, T) of the model's validation tokens, evenly spread, or random ones where there are none.
 
-        tokens = Packed.open(model.path / "data").tokens("validation")
+    Where the network carries its state a window is several segments long."""
+    carries = getattr(model.network, "carries", False)
+    length = min(LENGTH, model.recipe.network.context) * (SEGMENTS if carries else 1)
+    if (model.path / "data").is_dir():
+        tokens = _packed(model).tokens("validation")
         if len(tokens) >= WINDOWS * length:
             starts = [i * (len(tokens) - length) // (WINDOWS - 1) for i in range(WINDOWS)]
             rows = [tokens[start:start + length].tolist() for start in starts]
-            return torch.tensor(rows), "validation text"
+            return torch.tensor(rows), f"validation {model.recipe.medium}"
     generator = torch.Generator().manual_seed(model.recipe.seed)
     return torch.randint(model.codec.size, (WINDOWS, length), generator=generator), "random tokens"
+
+
+def _packed(model: Model) -> Any:
+    """The data that a model of tokens keeps."""
+    if model.recipe.medium == "music":
+        from handmill.data.music import Pieces
+
+        return Pieces.open(model.path / "data")
+    from handmill.data.packed import Packed
+
+    return Packed.open(model.path / "data")
+
+
+def _strange(model: Model) -> str:
+    """What keeps a model from having a name in transformers; settings that do are named by export/huggingface.py."""
+    recipe, network = model.recipe, model.recipe.network
+    if recipe.medium != "text":
+        return f"a model of {MADE[recipe.medium]}"
+    if network.kind != "decoder":
+        return f"a {network.kind} network"
+    if network.memory:
+        return "a decoder with a memory"
+    return "a decoder with relative positions" if network.positions == "relative" else ""
 
 
 def lines(record: dict[str, Any]) -> list[str]:
@@ -82,20 +107,24 @@ def lines(record: dict[str, Any]) -> list[str]:
     else:
         said = [f"largest difference from the trained network's logits: {record['logits_error']:.2g} "
                 f"(allowed {record['tolerance']:.2g}), {record['greedy_tokens']} greedy tokens the same"]
+    if "continued_tokens" in record:
+        said.append(f"state carried through {record['segments']} segments and on: {record['continued_alike']} of "
+                    f"{record['continued_tokens']} tokens of long continuations the same")
     if "levels_apart" in record:
         said.append(f"{record['samples']} images made by both: at most {record['levels_apart']} of 255 levels apart")
     return [*said, f"compared with {record['compared_with']} on {record['compared_on']}; recorded in the receipt"]
 
 
 def _onnx(model: Model, target: Path) -> dict[str, Any]:
-    return _onnx_text(model, target) if model.recipe.medium == "text" else _onnx_images(model, target)
+    return _onnx_images(model, target) if model.recipe.medium == "image" else _onnx_tokens(model, target)
 
 
-def _onnx_text(model: Model, target: Path) -> dict[str, Any]:
-    onnx_decoder.write(model.network, target / "model.onnx")
+def _onnx_tokens(model: Model, target: Path) -> dict[str, Any]:
+    form = _TOKENS[model.recipe.network.kind]
+    form.write(model.network, target / "model.onnx")
     shutil.copytree(model.path / "codec", target / "codec")
-    about = onnx_decoder.about(model)
-    _describe(target, about, onnx_decoder.readme(model))
+    about = form.about(model)
+    _describe(target, about, form.readme(model))
     runtime = onnxruntime.load(target)
     windows, source = held_out(model)
     figures = compare(model.network, runtime, windows)
@@ -105,6 +134,9 @@ def _onnx_text(model: Model, target: Path) -> dict[str, Any]:
 
 
 def _onnx_images(model: Model, target: Path) -> dict[str, Any]:
+    if model.recipe.network.kind == "recurrent":
+        raise UserError(f"{model.path} makes images with a recurrent network, for which there is no export: train with "
+                        "network.kind = 'decoder' to have one")
     graphs, figures = onnx_tensors.graphs(model), {}
     images, labels, source = held_out_images(model)
     about = onnx_tensors.about(model, graphs)

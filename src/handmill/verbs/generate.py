@@ -1,4 +1,4 @@
-"""`handmill generate`: texts or images from a model folder."""
+"""`handmill generate`: texts, images or music from a model folder."""
 
 import secrets
 from collections.abc import Iterator, Sequence
@@ -17,18 +17,22 @@ from handmill.families.autoregressive import SEEDS, Piece, Sampling
 from handmill.folder import Model
 
 AT_ONCE = 64  # samples; more are made in turns, with the same texts
+MADE = {"text": "text", "image": "images", "music": "music"}  # medium -> what it is called
 
 
 def generate(model: Model, prompts: Sequence[str], runtime: str = "torch", seed: int | None = None,
              **overrides: Any) -> list[Any]:
-    """A text for each prompt, without the prompt ("": a new document); or an image (H, W, C) uint8 of each class.
+    """A text for each prompt, without the prompt ("": a new document); or an image (H, W, C) uint8 of each class; or a
+    media.scores.Score of what each prompt asks for, such as "key=G".
 
     `overrides` replace values of the recipe's [sampling] table, such as temperature and max_tokens, or steps and
-    guidance. The same seed gives the same samples, on either `runtime` ("torch", or "onnx" once exported); without a
-    seed every call differs. Raises UserError.
+    guidance; of music also melody, beginning and steps, as in verbs/compose.py. The same seed gives the same samples,
+    on either `runtime` ("torch", or "onnx" once exported); without a seed every call differs. Raises UserError.
     """
     if model.recipe.medium == "image":
         return list(images(model, prompts, runtime, seed, **overrides))
+    if model.recipe.medium == "music":
+        return music(model, prompts, runtime, seed, **overrides)
     texts = [""] * len(prompts)
     for piece in pieces(model, prompts, runtime, seed, **overrides):
         texts[piece.row] += piece.text
@@ -45,7 +49,7 @@ def pieces(model: Model, prompts: Sequence[str], runtime: str = "torch", seed: i
            **overrides: Any) -> Iterator[Piece]:
     """The pieces of every sample as they are made. Raises UserError before the first."""
     if model.recipe.medium != "text":
-        raise UserError(f"{model.path} makes {model.recipe.medium}s, not text: use `handmill generate`")
+        raise UserError(f"{model.path} makes {MADE[model.recipe.medium]}, not text: use `handmill generate`")
     settings, seed = sampling(model, **overrides), checked(seed)
     network = network_of(model, runtime)
     for prompt in prompts:
@@ -64,6 +68,15 @@ def images(model: Model, prompts: Sequence[str], runtime: str = "torch", seed: i
     settings = sampling(model, **overrides)
     labels = [tensors.label_of(model.recipe, model.codec, prompt) for prompt in prompts]
     return tensors.make(network_of(model, runtime), model.codec, model.recipe, labels, settings, checked(seed), first)
+
+
+def music(model: Model, prompts: Sequence[str], runtime: str = "torch", seed: int | None = None, melody: Any = None,
+          beginning: Any = None, steps: int | None = None, **overrides: Any) -> list[Any]:
+    """A score of what each prompt asks for, all with that melody and beginning. Raises UserError."""
+    from handmill.verbs import compose
+
+    wishes = [compose.wish(model, prompt, melody, beginning, steps) for prompt in prompts]
+    return list(compose.compose(model, wishes, runtime, seed, **overrides))
 
 
 def save_images(model: Model, prompts: Sequence[str], out: Path, seed: int, runtime: str = "torch",

@@ -1,0 +1,44 @@
+"""Music: the [data] table, and the way from the user's files to packed tokens of notes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from handmill.errors import UserError
+from handmill.recipe import Recipe, positive, within
+
+if TYPE_CHECKING:
+    from handmill.data.music import Pieces
+
+
+@dataclass(frozen=True)
+class Data:
+    """The [data] table of a music model."""
+
+    paths: tuple[str, ...] = ()  # MIDI files, folders and .zip of them, patterns, chorales in .json with their splits
+    licence: str = "unknown"  # of the sources, for the manifest
+    names: Literal["none", "folder"] = "none"  # folder: a piece is named by its sub-folder, a composer or a genre
+    key: Literal["file", "estimate"] = "file"  # file: by its key signature, estimated from the notes where it has none
+    pedal: bool = True  # notes let go while the sustain pedal is down sound on
+    grid: int = 0  # steps a quarter note in .json chorales, which do not say; 0: as codec.steps, of events 4
+    shortest: int = 8  # notes; pieces with fewer are left out
+    transpose: int = 0  # semitones up and down that training windows are drawn from; 0: none
+    validation: float = 0.05  # share of the pieces; without effect where .json chorales bring the split
+    test: float = 0.05  # share of the pieces; 0: no test split
+
+    def __post_init__(self) -> None:
+        positive(self, "validation", "shortest")
+        within(self, 0.0, 0.5, "validation", "test")
+        within(self, 0, 24, "grid", "transpose")
+        if self.validation + self.test >= 1:
+            raise UserError("validation + test must leave a part to train on: lower them")
+
+
+def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> "Pieces":
+    """The prepared pieces of a recipe, from `cache`/<fingerprint>, made first where they are not there yet.
+
+    Raises UserError for paths, files and shares that cannot be used, and for a cache that cannot be written.
+    """
+    from handmill.data.music_prepare import prepare
+
+    return prepare(recipe, cache, progress)
