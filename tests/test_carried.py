@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def everything(run: Run) -> dict[str, Tensor]:
 def test_rows_read_on_and_an_epoch_reads_every_token_once() -> None:
     streams = Streams(np.arange(400).astype(np.uint16), CONTEXT, ROWS, 1)
     batches = [streams.batch(np.arange(ROWS) + turn * ROWS) for turn in range(2 * streams.turns)]
-    for turn, (one, other) in enumerate(zip(batches, batches[1:], strict=False), 1):
+    for turn, (one, other) in enumerate(pairwise(batches), 1):
         fresh = turn % streams.turns == 0
         assert other["fresh"].tolist() == [fresh] * ROWS
         assert torch.equal(one["tokens"][:, -1], other["tokens"][:, 0]) != fresh

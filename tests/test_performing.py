@@ -217,7 +217,8 @@ def test_the_command_line_makes_music(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.usefixtures("command")
 @pytest.mark.parametrize(("words", "sentence"), [
     (["chords", "--stop", "x"], "--stop is for text, and chords makes music"),
-    (["chords", "--walk", "a.gif"], "--walk is for images, and"), (["chords", "--guidance", "2"], "--guidance is for images"),
+    (["chords", "--walk", "a.gif"], "--walk is for images, and"),
+    (["chords", "--guidance", "2"], "--guidance is for images"),
     (["free", "--steps", "3"], "free time"), (["free", "--soundfont", "none.sf2"], "none.sf2"),
     (["chords", "--set", "temprature=3"], "did you mean sampling.temperature"),
     (["chords", "--runtime", "onnx"], "receipt")])

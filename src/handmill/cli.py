@@ -33,7 +33,8 @@ SAMPLING: dict[str, tuple[Any, str]] = {  # option of generate -> its type and w
     "voice_temperatures": (temperatures, "of music: 0.8,1 for a chord's notes from the highest down, the last for all "
                            "below")}
 MEDIA = {  # option of generate -> the media that have it; one that is not here is of all
-    "prompt_file": ("text",), "stop": ("text",), "out": ("image", "music"), "steps": ("image", "music"),
+    "prompt_file": ("text",), "suffix": ("text",), "stop": ("text",), "out": ("image", "music"),
+    "steps": ("image", "music"),
     "guidance": ("image",), "sampler": ("image",), "truncation": ("image",), "mixing": ("image",), "walk": ("image",),
     "project": ("image",), "fit": ("image",), "each": ("image",), "melody": ("music",), "beginning": ("music",),
     "soundfont": ("music",), "voice_temperatures": ("music",)}
@@ -83,6 +84,8 @@ def generate(args: argparse.Namespace) -> None:
         return (_images if model.recipe.medium == "image" else _music)(args, model, settings)
     prompts = [p.read_text(encoding="utf-8") for p in args.prompt_file] + args.prompt or [""]
     prompts = [p for p in prompts for _ in range(args.n or 1)]
+    if args.suffix:
+        return _fill(model, prompts, args, settings)
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
         for piece in stream(model, prompts[0], runtime=args.runtime, **settings):
@@ -91,6 +94,15 @@ def generate(args: argparse.Namespace) -> None:
         return
     for i, text in enumerate(generate(model, prompts, runtime=args.runtime, **settings)):
         print(f"--- {i + 1}\n{prompts[i]}{text}")
+
+
+def _fill(model: Any, prompts: Sequence[str], args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    from handmill.verbs.fill import fill
+    from handmill.verbs.generate import checked
+
+    seed = checked(settings.pop("seed"))
+    for i, prompt in enumerate(prompts):
+        print(prompt + fill(model, prompt, args.suffix, seed + i, args.runtime, **settings) + args.suffix)
 
 
 def _fitting(args: argparse.Namespace, medium: str) -> None:
@@ -225,6 +237,7 @@ def _generate_arguments(p: argparse.ArgumentParser) -> None:
     _exploring_arguments(p)
     _music_arguments(p)
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the [sampling] table")
+    p.add_argument("--suffix", help="of a model that learnt to: fill in what stands between the prompt and this text")
     p.add_argument("--stop", action="append", help="a text that ends the sample; may be given more than once")
 
 

@@ -55,7 +55,8 @@ class Model:
         return next(self.network.parameters()).device
 
     def generate(self, prompt: str = "", **settings: Any) -> Any:
-        """One sample: a text, or an image (H, W, C) uint8; `prompt` is its beginning, or the name of its class.
+        """One sample: a text, an image (H, W, C) uint8, or a media.scores.Score; `prompt` is its beginning, the name of
+        its class, or what a piece of music is to be ("key=G").
 
         Keywords override the recipe's [sampling] table (temperature=0.8, seed=1, ...).
         """

@@ -218,7 +218,7 @@ def _music(entries: Sequence[Entry]) -> tuple[list[str], list[Row], list[str]]:
             rows.append(Row(unit, [*(f[name] for f in found), *([trigram[name]] if trigram else [])],
                             "" if name == "nats_per_token" else "lower"))
     styles = {"scale_consistency": "share of a sample's notes in one scale", "notes_per_step": "its notes a step"}
-    real = next((e.check["style"] for e in entries if "missing" not in e.check["style"]), {})
+    real: dict[str, Any] = next((e.check["style"] for e in entries if "missing" not in e.check["style"]), {})
     rows += [Row(words, [_made(e.check["style"], name) for e in entries]
                  + ([f"held-out pieces {shown(real[name]['held_out'])}"] if trigram and name in real else []))
              for name, words in styles.items()]

@@ -1,13 +1,15 @@
 """Whether another form of a network gives its outputs: the largest logits error, and the greedy tokens.
 
-A network that carries its state is also followed from segment to segment and far beyond its context, where an error
-of the state would have grown.
+A network that carries its state is also followed from segment to segment and far beyond its context. Along the way
+each step starts from the trained network's own state, and what it makes of the state is compared as well: errors that
+grow by themselves, as they may in recurrent networks, would otherwise hide any other.
 
 B windows, T tokens a window, V vocabulary.
 """
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ def compare(network: Any, other: Any, windows: Tensor, cached: bool = True) -> d
 
     The logits of whole windows; with `cached` also of windows cut into a prompt, single tokens and a chunk,
     and of a batch padded on the left; then the greedy continuation of every window's first half. Of a network that
-    `carries` its state a window is its first segment here, and all of them are followed too (see _carried). Raises
+    `carries` its state a window is its first segment here, and all of them are followed too (see _followed). Raises
     UserError when an error is above what is allowed (see TOLERANCE) or a greedy token differs.
     """
     carries = cached and getattr(network, "carries", False)
@@ -42,48 +44,85 @@ def compare(network: Any, other: Any, windows: Tensor, cached: bool = True) -> d
         errors.append(_largest(_in_steps(other, first), expected))
     if cached and hasattr(network, "padded"):
         errors += _padded(network, other, first)
-    followed = _carried((network, other, exact), segments, errors, roundings) if carries else {}
-    error, rounding = (float(torch.tensor(x, dtype=torch.float64).max()) for x in (errors, roundings))
-    # not max(errors), which loses a NaN
-    allowed = max(TOLERANCE, ROUNDING * rounding)
+    for error, rounding in _handed_on(network, other, exact, segments) if carries else ():
+        errors.append(error)
+        roundings.append(rounding)
+    found = _judged("logits", errors, roundings)
+    if carries:
+        found |= _followed(network, other, exact, segments)
     half = max(1, first.shape[1] // 2)
     prompts = [window[:half].tolist() for window in first]
-    same = all(greedy(network, prompt, GREEDY) == greedy(other, prompt, GREEDY, cached) for prompt in prompts)
-    if not error <= allowed or not same:  # so written, a NaN is refused
-        raise UserError(
-            f"the export does not compute what the trained network does (logits differ by {error:.1e}, at "
-            f"most {allowed:.0e} allowed; greedy tokens {'agree' if same else 'differ'}): it was removed; "
-            "try another version of the package that runs it")
-    return {"logits_error": error, "tolerance": allowed, "fp32_rounding": rounding,
-            "logits_compared": expected.numel(), "greedy_tokens": GREEDY * len(prompts), "steps_with_cache": cached,
-            **followed}
+    if not all(greedy(network, prompt, GREEDY) == greedy(other, prompt, GREEDY, cached) for prompt in prompts):
+        raise _refusal(f"greedy tokens differ, and logits by {found['logits_error']:.1e}")
+    return {**found, "logits_compared": expected.numel(), "greedy_tokens": GREEDY * len(prompts),
+            "steps_with_cache": cached}
 
 
-def _carried(networks: tuple[Any, Any, Any], segments: Sequence[Tensor], errors: list[float],
-             roundings: list[float]) -> dict[str, int]:
-    """Hand the states of the trained network, the other and the exact one (in fp64) on from segment to segment, then
-    along the trained network's greedy continuation, and add the errors to the lists.
+def _judged(what: str, errors: list[float], roundings: list[float]) -> dict[str, Any]:
+    """The largest error beside what is allowed of it. Raises UserError when it is above that."""
+    error, rounding = (float(torch.tensor(x, dtype=torch.float64).max()) for x in (errors, roundings))
+    allowed = max(TOLERANCE, ROUNDING * rounding)
+    if not error <= allowed:  # so written, and not with max(errors), a NaN is refused
+        raise _refusal(f"{what} differ by {error:.1e}, at most {allowed:.0e} allowed")
+    return {f"{what}_error": error, "tolerance": allowed, "fp32_rounding": rounding}
 
-    A token of the continuation at which the other's likeliest is another one is no fault by itself: so many are
-    followed that some are ties, which the logits' error accounts for. They are counted.
-    """
-    settings, states, same = networks[0].settings, [None] * 3, 0
 
-    def read(tokens: Tensor) -> tuple[Tensor, Tensor]:  # the likeliest next tokens of the first two, (B, 1)
-        made = [network(tokens, state) for network, state in zip(networks, states, strict=True)]
-        states[:] = [state for _, state in made]
-        expected, logits, exact = (logits for logits, _ in made)
-        errors.append(_largest(logits, expected))
-        roundings.append(_largest(exact, expected))
-        return expected[:, -1:].argmax(-1), logits[:, -1:].argmax(-1)
+def _refusal(why: str) -> UserError:
+    return UserError(f"the export does not compute what the trained network does ({why}): it was removed; "
+                     "try another version of the package that runs it")
 
+
+def _handed_on(network: Any, other: Any, exact: Any, segments: Sequence[Tensor]) -> Iterator[tuple[float, float]]:
+    """The largest error and rounding of each segment, all three reading on from their own states."""
+    mine, its, precisely = None, None, None
     for segment in segments:
-        mine, its = read(segment)
+        expected, mine = network(segment, mine)
+        logits, its = other(segment, its)
+        precise, precisely = exact(segment, precisely)
+        yield _largest(logits, expected), _largest(precise, expected)
+
+
+def _followed(network: Any, other: Any, exact: Any, segments: Sequence[Tensor]) -> dict[str, Any]:
+    """The trained network's greedy continuation of the segments, each step from its own state: the largest error of
+    logits and of the state, and at how many tokens the other's likeliest is the same (not where two are tied).
+    """
+    state, settings = None, network.settings
+    for segment in segments:
+        logits, state = network(segment, state)
+    tokens, errors, roundings, alike = logits[:, -1:].argmax(-1), [], [], 0
     steps = min(CONTEXTS * settings.context + getattr(settings, "memory", 0), LONGEST)
-    for _ in range(steps):
-        same += int((mine == its).sum())
-        mine, its = read(mine)
-    return {"segments": len(segments), "continued_tokens": steps * len(mine), "continued_alike": same}
+    for step in range(steps):
+        expected, after = network(tokens, state)
+        logits, its = other(tokens, state)
+        errors += [_largest(logits, expected), *_differences(its, after)]
+        if step < GREEDY:
+            precise, precisely = exact(tokens, _wide(state))
+            roundings += [_largest(precise, expected), *_differences(precisely, after)]
+        alike += int((logits.argmax(-1) == expected.argmax(-1)).sum())
+        tokens, state = expected.argmax(-1), after
+    judged = _judged("steps", errors, roundings)
+    return {"segments": len(segments), "steps_error": judged["steps_error"], "steps_tolerance": judged["tolerance"],
+            "steps_tokens": steps * len(tokens), "steps_alike": alike}
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    return [state] if isinstance(state, Tensor) else [tensor for part in state or () for tensor in _tensors(part)]
+
+
+def _differences(state: Any, expected: Any) -> list[float]:
+    """The largest difference of each tensor of a state."""
+    return [float((one - two).abs().max()) if one.shape == two.shape else math.inf
+            for one, two in zip(_tensors(state), _tensors(expected), strict=True)]
+
+
+def _wide(state: Any) -> Any:
+    """The state in fp64."""
+    if isinstance(state, Tensor):
+        return state.double() if state.is_floating_point() else state
+    if not isinstance(state, tuple):
+        return state
+    parts = [_wide(part) for part in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
 
 def _largest(logits: Tensor, expected: Tensor) -> float:

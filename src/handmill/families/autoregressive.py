@@ -265,11 +265,10 @@ def limit(network: Any) -> int:
     return sys.maxsize if getattr(network, "carries", False) else int(network.settings.context)
 
 
-def slide(window: list[int], token: int, longest: int, head: int = 0) -> list[int]:
-    """The window with the token added; beyond `longest` the first `head` tokens and the last half of the others."""
-    if len(window) < longest:
-        return [*window, token]
-    return window[:head] + [*window[head:], token][-max(1, (longest - head) // 2):]
+def slide(window: list[int], token: int, longest: int) -> list[int]:
+    """The window with the token added; only its last half where it would outgrow `longest`."""
+    grown = [*window, token]
+    return grown if len(grown) <= longest else grown[-max(1, longest // 2):]
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from handmill.errors import UserError
-from handmill.families.autoregressive import SEEDS, Sampling, following, limit, slide
+from handmill.families.autoregressive import SEEDS, Sampling, following, limit
 from handmill.families.sampling import draw, filtered
 from handmill.media.music_tokens import END, NOTHING, Asked, Events, Frames, Mask
 
@@ -108,12 +108,12 @@ class _Row:
 
     def __init__(self, codec: Frames | Events, number: int, wish: Wish, longest: int) -> None:
         self.codec, self.number, self.melody, self.longest = codec, number, wish.melody, longest
-        self.head = 1 + len(codec.asked) if codec.asked else 0  # what a sliding window keeps
+        self.header = codec.header(wish.asked)  # what a sliding window begins with, as windows in training do
         self.tokens: list[int] = []
         self.window: list[int] = []  # the tokens that the next one is drawn from
         self.recent: list[int] = []  # tokens that the grammar makes the same of as of all
         self.steps, self.length, self.finished = 0, _length(wish), False
-        for token in (END, *codec.header(wish.asked), *wish.beginning):
+        for token in (END, *self.header, *wish.beginning):
             assert 0 <= token < codec.size, token
             assert not self.tokens or token != END, "a beginning is of one piece"
             self.take(token)
@@ -124,7 +124,9 @@ class _Row:
             self.finished = True
             return
         self.tokens.append(token)
-        self.window = slide(self.window, token, self.longest, self.head)
+        self.window.append(token)
+        if len(self.window) > self.longest:
+            self.window = self.header + self.window[-max(1, (self.longest - len(self.header)) // 2):]
         self.recent = shortened(self.codec, [*self.recent, token])
         if isinstance(self.codec, Frames) and token == self.codec.step:
             self.steps += 1

@@ -96,8 +96,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
     """
     causal = mask is None and q.shape[2] > 1
     half = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-    if half and causal and (dropout or q.shape[2] <= EXPLICIT_UP_TO):
-        return _attend_explicitly(q, k, v, scale, dropout)
+    if half and q.shape[2] > 1 and (dropout or k.shape[2] <= EXPLICIT_UP_TO * (1 if causal else 2)):
+        return _attend_explicitly(q, k, v, mask, scale, dropout)
     wide = torch.float32 if half and torch.is_grad_enabled() and q.requires_grad else q.dtype
     if mask is not None and mask.is_floating_point():
         mask = mask.to(wide)
@@ -117,13 +117,18 @@ def aligned(scores: Tensor) -> Tensor:
     return F.pad(scores, (1, 0)).flatten(2)[:, :, t:].unflatten(2, (t, s))
 
 
-def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
     b, h, t, d = q.shape
+    s = k.shape[2]
     if k.shape[1] != h:
         k, v = (y.repeat_interleave(h // k.shape[1], 1) for y in (k, v))
-    future = torch.full((t, t), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    q, k, v = (y.reshape(b * h, t, d) for y in (q, k, v))
-    scores = torch.baddbmm(future.expand(b * h, t, t), q, k.mT, alpha=scale)  # (B*H, T, T)
+    if mask is None:
+        hidden = torch.full((t, t), float("-inf"), dtype=q.dtype, device=q.device).triu(1).expand(b * h, t, t)
+    else:
+        hidden = mask if mask.is_floating_point() else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -1e9)
+        hidden = hidden.to(q.dtype).expand(b, h, t, s).reshape(b * h, t, s)
+    q, k, v = (y.reshape(b * h, -1, d) for y in (q, k, v))
+    scores = torch.baddbmm(hidden, q, k.mT, alpha=scale)  # (B*H, T, S)
     return (F.dropout(scores.softmax(-1), dropout) @ v).view(b, h, t, d)
 
 

@@ -107,9 +107,10 @@ def lines(record: dict[str, Any]) -> list[str]:
     else:
         said = [f"largest difference from the trained network's logits: {record['logits_error']:.2g} "
                 f"(allowed {record['tolerance']:.2g}), {record['greedy_tokens']} greedy tokens the same"]
-    if "continued_tokens" in record:
-        said.append(f"state carried through {record['segments']} segments and on: {record['continued_alike']} of "
-                    f"{record['continued_tokens']} tokens of long continuations the same")
+    if "steps_error" in record:
+        said.append(f"{record['steps_tokens']} steps far beyond the context: logits and state differ by at most "
+                    f"{record['steps_error']:.2g} (allowed {record['steps_tolerance']:.2g}), "
+                    f"{record['steps_alike']} likeliest tokens the same")
     if "levels_apart" in record:
         said.append(f"{record['samples']} images made by both: at most {record['levels_apart']} of 255 levels apart")
     return [*said, f"compared with {record['compared_with']} on {record['compared_on']}; recorded in the receipt"]
