@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # where torch comes from, for example PyTorch's own index of CPU builds; empty: wherever pip is set up to look
 TORCH_INDEX ?=
 
-.PHONY: demo test slow bench clean
+.PHONY: demo test slow faults bench clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/handmill demo
@@ -14,10 +14,16 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not faults"
 
 slow: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# kills, flipped bits, full disks, hung processes: real ones, into real runs of every family; writes docs/faults.md
+faults: $(VENV)/test.stamp
+	rm -f faults.jsonl
+	OMP_NUM_THREADS=1 HANDMILL_FAULTS=$(CURDIR)/faults.jsonl $(BIN)/python -m pytest tests/faults
+	$(BIN)/python tests/faults/table.py faults.jsonl > docs/faults.md
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/shakespeare.py
