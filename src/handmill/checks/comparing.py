@@ -14,7 +14,8 @@ from handmill.recipe import Recipe
 from handmill.training.monitor import duration
 
 # keys of the [data] table that leave the held-out items as they are
-_FREE = ("paths", "test_paths", "licence", "transpose", "flip", "shift", "rotation", "colour_jitter", "binarise")
+_FREE = ("paths", "test_paths", "licence", "flip", "shift", "rotation", "colour_jitter", "binarise", "transpose",
+         "transpose_share")
 _BASELINES = {"trigram": "trigram model", "xz": "xz", "xz_trained": "xz after training text"}
 _MORE_IS_BETTER = ("precision", "recall", "coverage")  # of density, up to that of real images only
 

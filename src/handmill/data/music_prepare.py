@@ -32,6 +32,7 @@ from handmill.data.staging import staged
 from handmill.errors import UserError
 from handmill.media.keys import key_of_score
 from handmill.media.music_tokens import UNKNOWN, Asked, Events, Frames, Tokens
+from handmill.media.music_words import key_of
 from handmill.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Pieces:
 
 def fingerprint(recipe: Recipe, found: list[Given]) -> str:
     """16 hexadecimal digits of all that prepared pieces depend on; a changed file shows by its size or time."""
-    settings = {key: value for key, value in dataclasses.asdict(recipe.data).items() if key != "transpose"}
+    settings = {key: value for key, value in dataclasses.asdict(recipe.data).items() if not key.startswith("transpose")}
     parts = [FORMAT, settings, dataclasses.asdict(recipe.codec), recipe.seed,
              [(source.name, source.bytes, source.modified) for given in found for source in given.sources]]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -165,6 +166,8 @@ def _piece(item: Item, given: int, tokens: Tokens, place: int, notes: int, codec
     score = item.score
     signature, estimate = score.keys[0][1] if score.keys else UNKNOWN, key_of_score(score).key
     key = signature if signature != UNKNOWN and data.key == "file" else estimate
+    if data.key not in ("file", "estimate"):
+        key = key_of(data.key)
     steps = codec.steps(tokens) if isinstance(codec, Frames) else 0
     return Piece(item.name, given, item.split, Asked(key, item.tempo, item.folder), signature, estimate,
                  music_fit.shape(tokens, codec), place, len(tokens), notes, steps, float(score.seconds(score.end)))

@@ -48,7 +48,7 @@ def compose(recipe: Recipe, notes: Notes, read: "Read", copies: "Copies", parts:
                     "highest": max(piece.shape.highest for piece in kept)},
         "transposition": _room(train, codec, recipe.data.transpose),
         "changes": {change: dict(counts) for change, counts in read.changes.items()},
-        "keys": _keys(kept, recipe.data.key == "file"),
+        "keys": _keys(kept, recipe.data.key),
         "tempos": {"unit": "quarter notes a minute", "unknown": sum(not piece.asked.tempo for piece in kept),
                    **_marks([piece.asked.tempo for piece in kept if piece.asked.tempo])},
         "names": dict(Counter(piece.asked.name for piece in kept if piece.asked.name).most_common())
@@ -81,14 +81,16 @@ def _room(train: list["Piece"], codec: Frames | Events, wanted: int) -> dict[str
             "pieces_with_room": sum(min(room) >= wanted for room in zip(down, up, strict=True))}
 
 
-def _keys(kept: list["Piece"], by_file: bool) -> dict[str, Any]:
+def _keys(kept: list["Piece"], by: str) -> dict[str, Any]:
     """Which keys the pieces are said to be in; a signature is doubtful that the notes fit neither mode of."""
     signed = [piece for piece in kept if piece.signature != UNKNOWN and piece.estimate != UNKNOWN]
     doubtful = sum(piece.estimate not in (piece.signature, relative(piece.signature)) for piece in signed)
     counts = Counter(KEYS[piece.asked.key] for piece in kept if piece.asked.key != UNKNOWN)
-    used = sum(piece.signature != UNKNOWN for piece in kept) if by_file else 0
+    used = sum(piece.signature != UNKNOWN for piece in kept) if by == "file" else 0
+    given = 0 if by in ("file", "estimate") else len(kept)
     return {"signatures": len(signed), "doubtful": doubtful, "pieces": dict(counts.most_common()),
-            "by_signature": used, "estimated": counts.total() - used, "unknown": len(kept) - counts.total()}
+            "by_signature": used, "estimated": counts.total() - used - given, "given": given,
+            "unknown": len(kept) - counts.total()}
 
 
 def _remarks(recipe: Recipe, report: dict[str, Any], kept: list["Piece"], train: list["Piece"],
@@ -165,7 +167,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"the middle, {lengths['least']:,} to {lengths['greatest']:,}",
         f"pitches     {_pitches(pitches)}; in training room for {room['down']} semitones down and {room['up']} up",
         f"keys        {_counted(report['keys']['pieces'])}; {report['keys']['by_signature']:,} by their files, "
-        f"{report['keys']['estimated']:,} estimated",
+        f"{report['keys']['estimated']:,} estimated, {report['keys']['given']:,} as the recipe says",
     ]
     if "median" in report["tempos"]:
         tempos = report["tempos"]

@@ -104,7 +104,7 @@ def of_music(codec: Any, pieces: Any, recipe: Recipe, out: Path, streamed: bool)
         some = plain(places)
         tokens = some if isinstance(some, Tensor) else some["tokens"]
         which = places if epochs is None else epochs(places) * recipe.training.batch + places % recipe.training.batch
-        tokens = transposed(codec, tokens, which, recipe.data.transpose, recipe.seed)
+        tokens = transposed(codec, tokens, which, recipe.data.transpose, recipe.data.transpose_share, recipe.seed)
         if not told:
             return tokens if isinstance(some, Tensor) else some | {"tokens": tokens}
         counted = torch.from_numpy(np.stack([~codec.given(row)[1:] for row in tokens.numpy()]))  # (N, T)
@@ -116,13 +116,15 @@ def of_music(codec: Any, pieces: Any, recipe: Recipe, out: Path, streamed: bool)
     return source
 
 
-def transposed(codec: Any, tokens: Tensor, places: Places, most: int, seed: int) -> Tensor:
-    """Each row (N, T) in a key drawn from (seed, its place), `most` semitones away at most; as it is where a pitch
-    would leave the vocabulary."""
+def transposed(codec: Any, tokens: Tensor, places: Places, most: int, share: float, seed: int) -> Tensor:
+    """A `share` of the rows (N, T) in a key drawn from (seed, place), `most` semitones away at most.
+
+    A row stays as it is where a pitch would leave the vocabulary.
+    """
     if not most:
         return tokens
-    chance = uniform(draw(seed, "transpose"), torch.from_numpy(places), 1)[:, 0]
-    shifts = (chance * (2 * most + 1)).long() - most  # (N,)
+    chances = uniform(draw(seed, "transpose"), torch.from_numpy(places), 2)  # (N, 2)
+    shifts = torch.where(chances[:, 0] < share, (chances[:, 1] * (2 * most + 1)).long() - most, 0)  # (N,)
     rows = [codec.transpose(row, int(by)) for row, by in zip(tokens.numpy(), shifts, strict=True)]
     return torch.stack([old if new is None else torch.from_numpy(new.astype(np.int64))
                         for old, new in zip(tokens, rows, strict=True)])
