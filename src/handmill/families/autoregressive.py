@@ -29,7 +29,8 @@ WITNESSES = 32  # tokens that the receipt keeps of a greedy sample
 class Objective:
     """The [objective] table: the likelihood of each token given those before it."""
 
-    label_dropout: float = 0.1  # share of images whose class is hidden, so that one can be made without a class
+    label_dropout: float = 0.1  # share of images whose class is hidden, so that one can be made without a class; of
+    # music, of the windows in which a condition is
     middle: float = 0.0  # share of a text's training windows that are learnt with their middle last; 0: none
     suffix_first: float = 0.5  # share of these in which the suffix stands before the prefix
 

@@ -105,6 +105,7 @@ def of_music(codec: Any, pieces: Any, recipe: Recipe, out: Path, streamed: bool)
         tokens = some if isinstance(some, Tensor) else some["tokens"]
         which = places if epochs is None else epochs(places) * recipe.training.batch + places % recipe.training.batch
         tokens = transposed(codec, tokens, which, recipe.data.transpose, recipe.data.transpose_share, recipe.seed)
+        tokens = hidden(codec, tokens, which, recipe.objective.label_dropout, recipe.seed)
         if not told:
             return tokens if isinstance(some, Tensor) else some | {"tokens": tokens}
         counted = torch.from_numpy(np.stack([~codec.given(row)[1:] for row in tokens.numpy()]))  # (N, T)
@@ -128,6 +129,18 @@ def transposed(codec: Any, tokens: Tensor, places: Places, most: int, share: flo
     rows = [codec.transpose(row, int(by)) for row, by in zip(tokens.numpy(), shifts, strict=True)]
     return torch.stack([old if new is None else torch.from_numpy(new.astype(np.int64))
                         for old, new in zip(tokens, rows, strict=True)])
+
+
+def hidden(codec: Any, tokens: Tensor, places: Places, share: float, seed: int) -> Tensor:
+    """The rows (N, T) with each kind of condition unknown in a `share` of them, so that none need be asked for."""
+    if not codec.asked:
+        return tokens
+    chances = uniform(draw(seed, "conditions"), torch.from_numpy(places), len(codec.asked))  # (N, kinds)
+    for section, chance in zip(codec.asked, chances.T, strict=True):
+        first = codec.first[section]
+        told = (tokens >= first) & (tokens < first + codec.count[section])
+        tokens = torch.where(told & (chance < share)[:, None], first, tokens)
+    return tokens
 
 
 def _shown(codec: Any, recipe: Recipe, picture: Path) -> Callable[[nn.Module], str]:

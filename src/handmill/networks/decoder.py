@@ -60,11 +60,13 @@ class Settings:
     gain: bool = True  # LayerNorm has a learned gain
     bias: bool = False  # in every linear layer and LayerNorm
     dropout: float = 0.0
+    attention_dropout: float = -1.0  # of attention's weights, which costs time; below 0: as dropout
     start: Literal["gpt2", "zero"] = "zero"  # initial weights, see Decoder._initialise
 
     def __post_init__(self) -> None:
         positive(self, "layers", "width", "heads", "context", "norm_epsilon", "theta")
         within(self, 0.0, 0.99, "dropout")
+        within(self, -1.0, 0.99, "attention_dropout")
         not_negative(self, "kv_heads", "hidden", "memory", "attention_scale")
         if self.width % self.heads:
             raise UserError(f"width = {self.width} is not divisible by heads = {self.heads}: "
@@ -87,6 +89,10 @@ class Settings:
     @property
     def scale(self) -> float:
         return self.attention_scale or self.head_width**-0.5
+
+    @property
+    def attention_drop(self) -> float:
+        return self.dropout if self.attention_dropout < 0 else self.attention_dropout
 
     @property
     def key_heads(self) -> int:  # K
@@ -160,7 +166,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *(part.narrow(0, first, length) for part in table)), rotate(k, *table)
         elif s.positions == "relative":
             q, mask = self._relative(q, table[0], mask)
-        y = attend(q, k, v, mask, s.scale, s.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = attend(q, k, v, mask, s.scale, s.attention_drop if self.training else 0.0)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).flatten(2)), present
 
     def _relative(self, q: Tensor, encoding: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

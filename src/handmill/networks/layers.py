@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 ROWS_AT_ONCE = 256  # of logits, in the loss
 UNCOUNTED = -100  # a target that is no part of the loss, as torch's own losses have it
-EXPLICIT_UP_TO = 128  # positions for which plain bf16 products train faster on a CPU than its flash kernel
+EXPLICIT_UP_TO = 512  # positions for which plain bf16 products train faster on a CPU than its flash kernel
 
 
 class RMSNorm(nn.Module):
@@ -90,13 +90,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
 
     A mask that broadcasts to (B, H, T, S) is True where a query may look, or is added to its scores.
 
-    On a CPU the flash kernel's backward pass is slow in bf16 (7 ms where plain products take 0.8 at T = 64, and no
-    faster than fp32 beyond), so short sequences take plain products and long ones train through fp32. With dropout
-    there is no flash kernel at all.
+    On a CPU the flash kernel's backward pass is slow in bf16 (7 ms where plain products take 0.8 at T = 64; a whole
+    step of a small decoder took 1.4 times as long at T = 256 and 1.6 times at 512), so sequences up to EXPLICIT_UP_TO
+    take plain products and longer ones train through fp32. With dropout there is no flash kernel at all.
     """
     causal = mask is None and q.shape[2] > 1
     half = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-    if half and q.shape[2] > 1 and (dropout or k.shape[2] <= EXPLICIT_UP_TO * (1 if causal else 2)):
+    if half and q.shape[2] > 1 and (dropout or k.shape[2] <= EXPLICIT_UP_TO):
         return _attend_explicitly(q, k, v, mask, scale, dropout)
     wide = torch.float32 if half and torch.is_grad_enabled() and q.requires_grad else q.dtype
     if mask is not None and mask.is_floating_point():
