@@ -20,7 +20,7 @@ from handmill.media.music_tokens import (
     FrameSettings,
     load,
 )
-from handmill.media.scores import DRUMS, KEYS, LONGEST, MOST_STEPS, REST, Note, Score
+from handmill.media.scores import DRUMS, KEYS, LONGEST, MOST_STEPS, REST, Note, Score, in_voices
 
 CONDITIONS: dict[str, Any] = {"keys": True, "tempos": (80.0, 120.0), "names": ("bach", "handel")}
 PLAIN = FrameSettings(lowest=40, highest=51, voices=3)
@@ -280,3 +280,12 @@ def test_keys_move_round_the_circle_and_keep_their_mode(key: int, semitones: int
     found = codec.asked_of(moved).key
     assert KEYS[found].endswith("m") == KEYS[key].endswith("m")
     assert (found - key - semitones) % 12 == 0
+
+
+def test_voices_move_least() -> None:
+    """A unison of two voices, which a set of pitches shows once, leaves the others where they are."""
+    steps = ((67, 64, 60, 48), (67, 64, 48), (67, 60, 48), (48,), (72,), ())
+    assert in_voices(steps, 4) == ((67, 64, 60, 48), (67, 64, -1, 48), (67, -1, 60, 48), (-1, -1, -1, 48),
+                                   (72, -1, -1, -1), (-1, -1, -1, -1))
+    score = Frames(FrameSettings(voices=4, steps=1)).score([0])
+    assert score.notes == ()

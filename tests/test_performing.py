@@ -175,7 +175,8 @@ def test_files_of_a_batch_say_how_to_make_them_again(chords: Model, tmp_path: Pa
     mido = pytest.importorskip("mido")
     wishes = [wish(chords, "key=G", TUNE), wish(chords, "bach", TUNE)]
     paths = save_music(chords, wishes, tmp_path / "out", 7, voice_temperatures=(0.0, 1.0))
-    assert [path.name for path in paths] == ["000.mid", "000.wav", "001.mid", "001.wav", "rolls.png", "player.html"]
+    assert [path.name for path in paths] == ["7-000.mid", "7-000.wav", "7-001.mid", "7-001.wav",
+                                              "rolls.png", "player.html"]
     again = compose(chords, wishes, seed=7, voice_temperatures=[0.0, 1.0])
     for path, score in zip(paths[::2], again, strict=False):
         assert midi.read(path).notes == score.tidy().notes

@@ -227,8 +227,10 @@ def _held_out(ground: Ground) -> dict[str, Any]:
 
 def _step(ground: Ground) -> str:
     """What a step is."""
-    frames = isinstance(ground.codec, Frames)
-    return f"1/{ground.codec.settings.steps} quarter note" if frames else f"{music_figures.EVENT_STEP} ms"
+    if not isinstance(ground.codec, Frames):
+        return f"{music_figures.EVENT_STEP} ms"
+    steps = ground.codec.settings.steps
+    return f"1/{steps} quarter note" if steps > 1 else "a quarter note"
 
 
 def _notes(ground: Ground) -> NDArray[np.bool_]:

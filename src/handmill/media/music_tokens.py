@@ -39,6 +39,7 @@ from handmill.media.scores import (
     Score,
     disjoint,
     from_grid,
+    in_voices,
     to_grid,
 )
 from handmill.recipe import build, positive, within
@@ -271,10 +272,16 @@ class Frames(Vocabulary):
         return to_grid(score, self.settings.steps)
 
     def score(self, tokens: Iterable[int], program: int = 0) -> Score:
-        """The score of any tokens, at the tempo that they name, or 100 quarter notes a minute."""
+        """The score of any tokens, at the tempo that they name, or 100 quarter notes a minute.
+
+        Its voices are those that let chords of at most `voices` pitches move least; of fuller ones there is one voice.
+        """
         tokens = _array(tokens)
         tempo = self.asked_of(tokens).tempo or 100.0
-        return from_grid(self.decode(tokens)[:MOST_STEPS], self.settings.steps, tempo=max(4.0, tempo), program=program)
+        grid = self.decode(tokens)[:MOST_STEPS]
+        separated = max(map(len, grid), default=0) <= self.settings.voices
+        return from_grid(in_voices(grid, self.settings.voices) if separated else grid, self.settings.steps, separated,
+                         tempo=max(4.0, tempo), program=program)
 
     def steps(self, tokens: Iterable[int]) -> int:
         """How many steps the tokens hold: what nats a frame are divided by."""

@@ -10,6 +10,7 @@ N notes, S steps, V voices.
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -174,6 +175,24 @@ def from_grid(grid: Sequence[Sequence[int]], per_quarter: int, separated: bool =
         for one in sounding:
             begun.setdefault(one, number)
     return Score(tuple(sorted(notes)), grain * per_quarter, ((0, round(60e6 / tempo)),), length=len(grid) * grain)
+
+
+def in_voices(grid: Sequence[Sequence[int]], voices: int) -> Grid:
+    """The same steps with a pitch or REST for each of `voices`, from the highest down: (S, V).
+
+    Where a step has fewer pitches than voices, those rest that let the others move least.
+    """
+    made: list[Step] = []
+    last = [60] * voices
+    for step in grid:
+        chord = sorted(set(step) - {REST}, reverse=True)
+        assert len(chord) <= voices, (chord, voices)
+        places = min(combinations(range(voices), len(chord)),
+                     key=lambda some: sum(abs(last[voice] - pitch) for voice, pitch in zip(some, chord, strict=True)))
+        sung = dict(zip(places, chord, strict=True))
+        made.append(tuple(sung.get(voice, REST) for voice in range(voices)))
+        last = [sung.get(voice, last[voice]) for voice in range(voices)]
+    return tuple(made)
 
 
 def to_grid(score: Score, per_quarter: int, voices: int = 0) -> Grid:

@@ -50,7 +50,7 @@ def compose(model: Model, wishes: Sequence[Wish], runtime: str = "torch", seed: 
 
 def save_music(model: Model, wishes: Sequence[Wish], out: Path, seed: int | None = None, runtime: str = "torch",
                soundfont: str = "", progress: bool = False, **overrides: Any) -> list[Path]:
-    """Write each piece of `compose` as NNN.mid and NNN.wav, and of all rolls.png and player.html, last in the list.
+    """Write each piece of `compose` as SEED-NNN.mid and .wav, and of all rolls.png and player.html, last in the list.
 
     Every file says how it was made. `soundfont` is an SF2 file to play with, "" the built-in synthesiser. Raises
     UserError.
@@ -64,7 +64,7 @@ def save_music(model: Model, wishes: Sequence[Wish], out: Path, seed: int | None
     out.mkdir(parents=True, exist_ok=True)
     for i, (score, wish, title) in enumerate(zip(scores, wishes, titles, strict=True)):
         notes = told(model, wish, seed, i, said)
-        paths += performing.save(replace(score, title=title), out / f"{i:03d}", notes, soundfont)
+        paths += performing.save(replace(score, title=title), out / f"{seed}-{i:03d}", notes, soundfont)
     notes, shown = told(model, Wish(), seed, 0, said), performing.pieces(scores, titles)
     return [*paths, performing.save_rolls(out / "rolls.png", shown, notes),
             performing.save_player(out / "player.html", shown, f"{name}: made music", notes)]
