@@ -96,7 +96,7 @@ def stale(entry: Entry, wanted: dict[str, Any], network: str | None) -> str:
 def settings_of(entry: Entry) -> dict[str, Any]:
     """The settings of an entry's check, or of its recipe where it has none; all that figures depend on."""
     found = entry.check.get("settings") or entry.recipe.table()["check"]
-    loose = ("inception", "images")  # the one adds a figure, the other says of how many images a mean is
+    loose = ("inception", "images", "memories")  # these add figures, or say of how many images a mean is
     return {key: value for key, value in found.items() if key not in loose}
 
 
