@@ -19,8 +19,10 @@ from table import append
 SIZES: dict[str, tuple[str, ...]] = {
     "1": ("training.steps=550", "training.evaluate_every=275", "training.save_every=550"),
     "2": (),
-    "20": ("network.width=192", "network.heads=6", "network.dropout=0.25", "training.batch=8", "training.steps=4500",
-           "training.evaluate_every=450", "training.save_every=1500", "training.ema=0.998"),
+    "20": ("network.width=192", "network.heads=6", "network.dropout=0.3", "data.transpose=6",
+           "data.transpose_share=0.9",
+           "training.batch=8", "training.steps=4300", "training.evaluate_every=430", "training.save_every=1433",
+           "training.ema=0.998"),
 }
 # the file's pieces were moved to C before, so all are said to be in C, which tells the model nothing
 SHARED = ("data.key=C", "training.sample_every=0", "training.compile=no")

@@ -42,15 +42,13 @@ def network_of(name: str, **changes: Any) -> Any:
 
 
 def steps(network: Any, length: int, cached: bool) -> Iterator[float]:
-    """Seconds of each greedy step, one token after another from one token on."""
+    """Seconds of each greedy step, one token after another until the sequence has `length`."""
     window, reading = [1], None
-    while len(window) <= length:
+    for _ in range(length):
         start = time.perf_counter()
         logits, reading = following(network, [window], reading if cached else None)
         yield time.perf_counter() - start
         window = slide(window, int(logits.argmax()), limit(network))
-        if not cached and len(window) == length:
-            return
 
 
 def cost(network: Any, cached: bool, most: int) -> list[float]:
