@@ -74,7 +74,8 @@ def test_models_of_one_album_stand_side_by_side(trained: dict[str, Path], tmp_pa
 
 def test_windows_within_a_piece_begin_with_what_it_is() -> None:
     chance = random.Random(1)
-    pieces = [CODEC.encode([(chance.randint(40, 80),) for _ in range(40)], Asked(key, 80.0, "bach")) for key in range(4)]
+    pieces = [CODEC.encode([(chance.randint(40, 80),) for _ in range(40)], Asked(key, 80.0, "bach"))
+              for key in range(4)]
     tokens = np.concatenate([np.append([0], piece) for piece in pieces]).astype(np.uint16)
     starts = np.flatnonzero(tokens == 0)
     windows = Windows(tokens, 24, 1, starts, 3).batch(np.arange(12)).numpy()
