@@ -118,7 +118,8 @@ class Rehearsal:
         best = weights[:1] if self.training.weights == "best" else []
         states = [memory.size_of(t for s in o.state.values() for t in s.values() if isinstance(t, Tensor))
                   for o in optimizers]
-        return [*weights, memory.size_of(self.average), *best, *states, memory.size_of(self.carried())]
+        carried = [memory.size_of(self.carried())] if self.task.carried else []
+        return [*weights, memory.size_of(self.average), *best, *states, *carried]
 
     def carried(self) -> list[Tensor]:
         """What stands for the state that the model hands on from step to step."""
