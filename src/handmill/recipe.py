@@ -89,6 +89,7 @@ class Training:
     ema: float = 0.0  # decay of the averaged weights (0: none); the model folder then holds the average
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: probed in the first steps
     compile: Literal["auto", "yes", "no"] = "auto"  # auto: only where it pays within the run
+    shard: bool = False  # weights, gradients and optimizer states are split over the processes (FSDP2)
     evaluate_every: int = 250  # steps
     evaluate_items: int = 100_000  # tokens (or images) of the validation set, at most; 0: all of it
     save_every: int = 500  # steps
@@ -211,6 +212,9 @@ def parse(table: Mapping[str, Any]) -> Recipe:
         raise UserError(f"name = {values['name']!r} must be a plain file name, because the model folder is runs/NAME")
     for key, cls in classes.items():
         values[key] = build(cls, table.get(key, {}), key)
+    if family == "adversarial" and values["training"].shard:
+        raise UserError("training.shard = true splits one network that has one loss, and family = 'adversarial' trains "
+                        "two against each other: set it to false")
     return Recipe(medium=medium, family=family, **values)
 
 

@@ -51,6 +51,15 @@ def read(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def inside(path: Path, file: str) -> Path:
+    """The file of a model folder; for a name that leads out of it the folder itself, which is no file.
+
+    A receipt from elsewhere may name anything.
+    """
+    found = path / file
+    return found if found.resolve().is_relative_to(path.resolve()) else path
+
+
 def name(path: str) -> str:
     """A path as the user gave it, or its last part where it is absolute, which is the machine's business."""
     absolute = re.match(r"[/\\~]|[A-Za-z]:", path)
@@ -64,9 +73,8 @@ def public(sentence: str) -> str:
 
 def picture(path: Path, file: str, alt: str, missing: str) -> Block:
     """A PNG file of the model folder, or the sentence that it is missing."""
-    whole = path / file
-    inside = whole.resolve().is_relative_to(path.resolve())  # a receipt from elsewhere may name anything
-    return Picture(file, alt) if inside and whole.suffix == ".png" and whole.is_file() else Text(missing)
+    whole = inside(path, file)
+    return Picture(file, alt) if whole.suffix == ".png" and whole.is_file() else Text(missing)
 
 
 def sources(manifest: dict[str, Any]) -> Block:

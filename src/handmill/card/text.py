@@ -140,7 +140,7 @@ def _copying(copying: dict[str, Any]) -> list[Block]:
 
 def _samples(path: Path, check: dict[str, Any]) -> list[Block]:
     about = check.get("samples", {})
-    texts = _sample_texts(path / about["file"]) if about.get("count") else []
+    texts = _sample_texts(facts.inside(path, about["file"])) if about.get("count") else []
     if not texts:
         return [Text("None recorded: `handmill check` makes them.")]
     blocks: list[Block] = [Text(f"The first {min(_SAMPLES, len(texts))} of {len(texts)}, not chosen, from an empty "

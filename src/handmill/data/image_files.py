@@ -7,6 +7,7 @@ error. Nothing is unpacked to the disk, no pickle is read, and every size is che
 import csv
 import io
 import json
+import math
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from handmill.data import sources
 from handmill.data.decoding import Payload, Refused, byte_limit, check_size, too_large
-from handmill.data.sources import Broken, Skipped, Source
+from handmill.data.sources import Broken, Skipped, Source, printable
 from handmill.errors import UserError, optional
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ FOREIGN = frozenset((".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2",
 _TABLE = 1 << 28  # bytes, the largest table of captions
 _ROWS = 1 << 20  # bytes of an array's images that are read at once
 _LABELS = 1 << 28  # bytes of an array's labels
+_HEADER = 1 << 16  # bytes of an array's header; numpy itself reads 10,000
+_PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # those that are unpacked little by little, whatever they hold
 
 
 @dataclass(frozen=True)
@@ -186,8 +190,8 @@ def _item(source: Source, payload: Payload, inside: str, below: str, data: "Data
         notes.captionless += 1
     label = row.label if row else ""
     if data.label == "auto" and "/" in below:
-        label = below.partition("/")[0]
-    return Item(source, payload, inside, [below], [label], [row.caption if row else ""])
+        label = printable(below.partition("/")[0])
+    return Item(source, payload, inside, [printable(below)], [label], [row.caption if row else ""])
 
 
 def _table_file(given: Given) -> Source | None:
@@ -233,7 +237,7 @@ def _table(name: str, file: IO[bytes], data: "Data", notes: Notes) -> Table:
 
 def _cell(record: dict[str, Any], column: str) -> str:
     value = record.get(column) if column else None
-    return "" if value is None else str(value).strip()
+    return "" if value is None else str(value).strip().encode("utf-8", "backslashreplace").decode()
 
 
 def _column(name: str, columns: list[str], wanted: str, usual: tuple[str, ...], needed: bool = True) -> str:
@@ -284,19 +288,19 @@ def _jsonl(name: str, text: str, notes: Notes) -> tuple[list[str], Records]:
 
 def _zip(source: Source, data: "Data", notes: Notes) -> Iterator[Item]:
     """The images of an archive, read where they lie. Raises Broken."""
-    with _opened(source) as archive:
-        entries = {entry.filename: entry for entry in archive.infolist() if _is_shown(entry)}
+    with opened(source) as archive:
+        entries = entries_of(archive, source, notes)
         top = _common_folder(list(entries))
         table = None
         for name in TABLES:
             if f"{top}{name}" in entries and table is None:
-                content = _entry(archive, entries[f"{top}{name}"], _TABLE)
+                content = unpacked(archive, entries[f"{top}{name}"], _TABLE)
                 table = _table(f"{source.name}/{top}{name}", io.BytesIO(content), data, notes)
         for path, entry in entries.items():
             suffix = PurePosixPath(path).suffix.lower()
             try:
                 if suffix in IMAGES:
-                    content = _entry(archive, entry, byte_limit(data))
+                    content = unpacked(archive, entry, byte_limit(data))
                     yield _item(source, content, path, path.removeprefix(top), data, table, notes)
                 elif suffix in FOREIGN:
                     raise Refused("not an image", f"{suffix} is not read: convert it to PNG or leave it out")
@@ -308,15 +312,36 @@ def _zip(source: Source, data: "Data", notes: Notes) -> Iterator[Item]:
             table.close(notes)
 
 
-def _opened(source: Source) -> zipfile.ZipFile:
+def opened(source: Source) -> zipfile.ZipFile:
+    """The archive. Raises Refused for one that is damaged, or whose entries overlap so that it unpacks to no end."""
     try:
-        return zipfile.ZipFile(source.path)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        archive = zipfile.ZipFile(source.path)
+    except Exception as error:  # whatever foreign bytes do to zipfile
         raise Refused("damaged", f"it cannot be opened as a zip archive ({error}): copy or write it again") from None
+    if sum(entry.compress_size for entry in archive.infolist()) > source.path.stat().st_size:
+        archive.close()
+        raise Refused("damaged", "its entries take more room than it has, as those of a zip bomb: leave it out")
+    return archive
 
 
-def _is_shown(entry: zipfile.ZipInfo) -> bool:
-    return not entry.is_dir() and not any(part.startswith((".", "__MACOSX")) for part in entry.filename.split("/"))
+def entries_of(archive: zipfile.ZipFile, source: Source, notes: Notes) -> dict[str, zipfile.ZipInfo]:
+    """The files of an archive that are not hidden, by name.
+
+    Left out and noted: what another has the name of, and a name that is no place below the archive.
+    """
+    entries: dict[str, zipfile.ZipInfo] = {}
+    for entry in archive.infolist():
+        parts = entry.filename.split("/")
+        if entry.is_dir() or any(part.startswith((".", "__MACOSX")) and part not in (".", "..") for part in parts):
+            continue
+        if parts[0] == "" or ".." in parts:
+            notes.leave_out(source, Refused("damaged", "its name leads out of the archive: leave it out"),
+                            entry.filename)
+        elif entry.filename in entries:
+            notes.leave_out(source, Refused("damaged", "another has its name: rename or remove one"), entry.filename)
+        else:
+            entries[entry.filename] = entry
+    return entries
 
 
 def _common_folder(names: list[str]) -> str:
@@ -325,26 +350,40 @@ def _common_folder(names: list[str]) -> str:
     return f"{tops.pop()}/" if len(tops) == 1 and all("/" in name for name in names) else ""
 
 
-def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int) -> bytes:
-    """The bytes of an entry. Raises Refused above the limit, by the entry's header, and for a damaged one."""
+def unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int) -> bytes:
+    """The bytes of an entry, never more than its header says.
+
+    Raises Refused above the limit, by that header, and for an entry that is damaged or otherwise packed.
+    """
     if entry.file_size > limit:
         raise too_large(f"{entry.file_size:,} bytes unpacked")
     try:
-        return archive.read(entry)
+        _known(entry)
+        with archive.open(entry) as file:
+            content = file.read(entry.file_size)  # read() would unpack to the end first and cut then
     except Exception as error:  # damaged, encrypted, or of a packing that is not known
         raise Refused("damaged", f"it cannot be unpacked ({error}): pack it again or leave it out") from None
+    if len(content) != entry.file_size:
+        raise Refused("damaged", "it ends too soon: pack it again or leave it out")
+    return content
+
+
+def _known(entry: zipfile.ZipInfo) -> None:
+    """Raise ValueError for bzip2 and LZMA, of which a few bytes unpack to gigabytes at once."""
+    if entry.compress_type not in _PACKINGS:
+        raise ValueError("its packing is not deflate")
 
 
 def _npz(source: Source, data: "Data") -> Iterator[Item]:
     """The images `x` and labels `y` of an npz file, some rows at a time. Raises Broken."""
-    with _opened(source) as archive:
+    with opened(source) as archive:
         names = archive.namelist()
         if "x.npy" not in names:
             there = ", ".join(name.removesuffix(".npy") for name in names[:8]) or "nothing"
             raise Refused("not an image", f"it has no array x but {there}: save the images as x and labels as y")
         with _array(archive, "x") as (file, shape, dtype):
             _check_images(shape, dtype, data)
-            labels = _labels(archive, shape[0]) if data.label == "auto" and "y.npy" in names else [""] * shape[0]
+            labels = _labels(archive, shape[0]) if data.label == "auto" and "y.npy" in names else None
             each = int(np.prod(shape[1:], dtype=np.int64))
             step = max(1, _ROWS // each)
             for start in range(0, shape[0], step):
@@ -352,12 +391,15 @@ def _npz(source: Source, data: "Data") -> Iterator[Item]:
                 content = _exactly(file, count * each)
                 rows = np.frombuffer(content, np.uint8).reshape(count, *shape[1:])
                 names = [f"{source.path.stem}[{row}]" for row in range(start, start + count)]
-                yield Item(source, rows, names[0], names, labels[start:start + count], [""] * count)
+                told = [""] * count if labels is None else [
+                    _cell({"y": label}, "y") for label in labels[start:start + count].tolist()]
+                yield Item(source, rows, names[0], names, told, [""] * count)
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> "_Array":
     entry = archive.getinfo(f"{name}.npy")
     try:
+        _known(entry)
         return _Array(archive.open(entry), entry.file_size, name)
     except Refused:
         raise
@@ -372,14 +414,19 @@ class _Array:
     def __init__(self, file: IO[bytes], size: int, name: str) -> None:
         version = np.lib.format.read_magic(file)
         header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        self.file, (self.shape, fortran, self.dtype) = file, header[version](file)
+        head = file.read(4 if version == (2, 0) else 2)
+        length = int.from_bytes(head, "little")
+        if length > _HEADER:
+            raise ValueError(f"a header of {length:,} bytes")
+        parsed = header[version](io.BytesIO(head + file.read(length)))
+        self.file, (self.shape, fortran, self.dtype) = file, parsed
         if self.dtype.hasobject:
             raise Refused("not an image", f"its array {name} holds Python objects, which are not read: save plain "
                           "numbers of one shape")
         if fortran and len(self.shape) > 1:
             raise Refused("not an image", f"its array {name} is in column order: save numpy.ascontiguousarray({name})")
-        claimed = int(np.prod([int(n) for n in self.shape], dtype=object)) * self.dtype.itemsize
-        if claimed != size - file.tell():
+        claimed = math.prod(map(int, self.shape)) * self.dtype.itemsize
+        if min(self.shape, default=0) < 0 or claimed != size - file.tell():
             raise Refused("damaged", f"its array {name} of shape {self.shape} does not agree with its {size:,} bytes: "
                           "save it again with numpy.savez")
 
@@ -412,15 +459,15 @@ def _check_images(shape: tuple[int, ...], dtype: np.dtype[Any], data: "Data") ->
     check_size(shape[1], shape[2], data)
 
 
-def _labels(archive: zipfile.ZipFile, count: int) -> list[str]:
+def _labels(archive: zipfile.ZipFile, count: int) -> npt.NDArray[Any]:
+    """A whole number or text for each image: (N,). Raises Refused."""
     with _array(archive, "y") as (file, shape, dtype):
         if shape not in ((count,), (count, 1)) or dtype.kind not in "iuU":
             raise Refused("not an image", f"its array y is {dtype} of shape {shape}: one whole number or text for each "
                           f"of the {count:,} images is read")
         if count * dtype.itemsize > _LABELS:
             raise too_large(f"{count * dtype.itemsize:,} bytes of labels")
-        values = np.frombuffer(_exactly(file, count * dtype.itemsize), dtype)
-    return [str(value) for value in values.tolist()]
+        return np.frombuffer(_exactly(file, count * dtype.itemsize), dtype)
 
 
 def _digits(source: Source, data: "Data") -> Item:

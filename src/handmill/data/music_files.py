@@ -4,7 +4,6 @@ What is broken in a folder or an archive, and a broken piece of chorales, is lef
 file that the user named is an error. Nothing is unpacked to the disk, and every size is checked before memory is taken.
 """
 
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -17,7 +16,7 @@ from handmill.data import image_files, sources
 from handmill.data.corpus import Tick
 from handmill.data.decoding import Refused, read
 from handmill.data.image_files import Given
-from handmill.data.sources import Broken, Source
+from handmill.data.sources import Broken, Source, printable
 from handmill.errors import UserError, optional
 from handmill.media import chorales, midi
 from handmill.media.scores import MOST_STEPS, Grid, Score
@@ -124,13 +123,8 @@ def _midi(source: Source, given: Given, inside: str, content: bytes, folder: str
 
 
 def _name(source: Source, given: Given, inside: str) -> str:
-    below = _text(source.path.relative_to(given.top).as_posix() if given.top else source.path.name)
-    return f"{below}/{inside}" if inside else below
-
-
-def _text(path: str) -> str:
-    """The path with bytes that are no text as \\x.."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    below = source.path.relative_to(given.top).as_posix() if given.top else source.path.name
+    return printable(f"{below}/{inside}" if inside else below)
 
 
 def _folder(source: Source, given: Given, data: "Data") -> str:
@@ -140,8 +134,8 @@ def _folder(source: Source, given: Given, data: "Data") -> str:
     """
     below = source.path.relative_to(given.top) if given.top else source.path
     if given.top and len(below.parts) > 1:
-        return _text(below.parts[0])
-    return "" if given.top and len(data.paths) == 1 else _text(source.path.absolute().parent.name)
+        return printable(below.parts[0])
+    return "" if given.top and len(data.paths) == 1 else printable(source.path.absolute().parent.name)
 
 
 def _chorales(source: Source, given: Given, data: "Data", steps: int, notes: Notes) -> Iterator[Item]:
@@ -189,20 +183,16 @@ def _repeated(pieces: list[Grid]) -> float:
 
 def _zip(source: Source, given: Given, data: "Data", notes: Notes) -> Iterator[Item]:
     """The MIDI files of an archive, read where they lie. Raises Refused."""
-    try:
-        archive = zipfile.ZipFile(source.path)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise Refused("damaged", f"it cannot be opened as a zip archive ({error}): copy or write it again") from None
-    with archive:
-        entries = {PurePosixPath(entry.filename): entry for entry in archive.infolist() if not entry.is_dir()}
-        entries = {path: entry for path, entry in entries.items() if _is_shown(path)}
+    with image_files.opened(source) as archive:
+        entries = {PurePosixPath(name): entry for name, entry in
+                   image_files.entries_of(archive, source, notes).items()}
         top = len({path.parts[0] for path in entries}) == 1  # everything lies in one folder, which names nothing
         for path, entry in entries.items():
             suffix = path.suffix.lower()
             try:
                 if suffix in MIDI:
-                    folder = "" if len(path.parts) < 2 + top else path.parts[top]
-                    content = _unpacked(archive, entry)
+                    folder = "" if len(path.parts) < 2 + top else printable(path.parts[top])
+                    content = image_files.unpacked(archive, entry, midi.LARGEST)
                     yield _midi(source, given, path.as_posix(), content, folder, data)
                 elif suffix in FOREIGN:
                     raise _foreign(suffix)
@@ -210,16 +200,3 @@ def _zip(source: Source, given: Given, data: "Data", notes: Notes) -> Iterator[I
                     notes.other += 1
             except Broken as error:
                 notes.leave_out(source, error, path.as_posix())
-
-
-def _is_shown(path: PurePosixPath) -> bool:
-    return bool(path.parts) and not any(part.startswith(("__MACOSX", ".")) for part in path.parts)
-
-
-def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    if entry.file_size > midi.LARGEST:
-        raise Refused("too large", f"it is {entry.file_size:,} bytes unpacked: leave it out")
-    try:
-        return archive.read(entry)
-    except Exception as error:  # damaged, encrypted, or of a packing that is not known
-        raise Refused("damaged", f"it cannot be unpacked ({error}): pack it again or leave it out") from None

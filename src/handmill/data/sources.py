@@ -7,12 +7,14 @@ the user named is an error.
 import codecs
 import glob
 import os
+import re
 import sysconfig
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from handmill.data.corpus import Tick
 from handmill.data.pieces import PIECE, lines, pieces
@@ -31,6 +33,9 @@ _CODE = """
     .py .pyi .r .rb .rs .scala .scm .sh .sql .svelte .swift .tcl .tf .toml .ts .tsx .vb .vhd .vue .xml
     .yaml .yml .zig"""
 CODE = frozenset(_CODE.split())
+# what moves or turns round what is shown, and halves of surrogate pairs but those that stand for bytes of a path
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udc7f\udd00-\udfff]")
+_UNPACKED_AT_ONCE = 1 << 10  # bytes of a zst file; a frame can grow 30,000-fold
 
 
 class Broken(Exception):
@@ -108,7 +113,7 @@ class Skipped:
 
     def _name(self, sentence: str) -> None:
         if len(self.first) < _SHOWN:
-            self.first.append(sentence)
+            self.first.append(printable(sentence))
 
 
 def find(paths: tuple[str, ...], cache: Path) -> list[Source]:
@@ -199,7 +204,13 @@ def _shown(path: Path) -> str:
         for top, prefix in ((Path.home(), "~/"), (Path.cwd(), "")):
             if path.is_relative_to(top):
                 name = prefix + path.relative_to(top).as_posix()
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return printable(name)
+
+
+def printable(text: str) -> str:
+    """The text in one line that changes nothing else on a screen: bytes that are no text, and controls, as \\x.."""
+    escaped = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return escaped.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def check(source: Source) -> None:
@@ -274,12 +285,15 @@ def _gunzip(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _unzst(file: BinaryIO) -> Iterator[bytes]:
-    """One frame after another. The package's own reader takes a truncated frame for the end of the file."""
+    """One frame after another. The package's own reader takes a truncated frame for the end of the file.
+
+    What one call returns is of any size, so that little is given to each.
+    """
     import zstandard
 
     frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
     try:
-        while data := file.read(PIECE >> 3):
+        while data := file.read(_UNPACKED_AT_ONCE):
             while data:
                 if frame.eof:
                     frame = zstandard.ZstdDecompressor().decompressobj()
@@ -325,29 +339,40 @@ def _csv(source: Source, column: str, skipped: Skipped, tick: Tick) -> Iterator[
     import csv
 
     csv.field_size_limit(_RECORD)
-    rows = csv.reader(_text_lines(source, tick), delimiter="\t" if source.suffix == ".tsv" else ",")
-    try:
-        header = [name.removeprefix("\ufeff") for name in next(rows, [])]
-        if column not in header:
-            raise _no_column(column, header)
-        place, line = header.index(column), rows.line_num + 1
-        for row in rows:
-            if len(row) > place:
-                yield Piece(True, row[place], line)
-            elif row:
-                skipped.record(source.name, line, f"has {len(row)} of {len(header)} columns")
-            line = rows.line_num + 1
-    except csv.Error as error:
-        raise Broken(f"line {rows.line_num} is not csv ({error}): check its quotes") from None
+    lines = _text_lines(source, tick)
+    rows = _rows(csv.reader(lines, delimiter="\t" if source.suffix == ".tsv" else ",", strict=True), source, skipped)
+    header = [name.removeprefix("\ufeff") for name in next(rows, (0, []))[1]]
+    if column not in header:
+        raise _no_column(column, header)
+    place = header.index(column)
+    for line, row in rows:
+        if len(row) > place:
+            yield Piece(True, row[place], line)
+        elif row:
+            skipped.record(source.name, line, f"has {len(row)} of {len(header)} columns")
+
+
+def _rows(reader: Any, source: Source, skipped: Skipped) -> Iterator[tuple[int, list[str]]]:
+    """Rows, each with its first line. After one with broken quotes reading goes on at the next line."""
+    import csv
+
+    row: list[str] | None = []
+    while row is not None:
+        line = reader.line_num + 1
+        try:
+            row = next(reader, None)
+            yield from [(line, row)] if row is not None else []
+        except csv.Error as error:
+            skipped.record(source.name, line, f"not csv ({error}): mend its quotes")
 
 
 def _text_lines(source: Source, tick: Tick) -> Iterator[str]:
     import io
 
-    offset = 0
-    for data in pieces(blocks(source, tick)):
-        if not offset:
-            _not_binary(data)
+    unread = blocks(source, tick)
+    first, offset = next(unread, b""), 0
+    _not_binary(first)
+    for data in pieces(chain([first], unread)):
         try:
             yield from io.StringIO(data.decode(), newline="")
         except UnicodeDecodeError as error:
@@ -356,7 +381,7 @@ def _text_lines(source: Source, tick: Tick) -> Iterator[str]:
 
 
 def _parquet(source: Source, column: str, skipped: Skipped, tick: Tick) -> Iterator[Piece]:
-    arrow, parquet = optional("pyarrow", "parquet"), optional("pyarrow.parquet", "parquet")
+    parquet = optional("pyarrow.parquet", "parquet")
     try:
         with parquet.ParquetFile(source.path) as file:
             names = file.schema_arrow.names
@@ -371,8 +396,10 @@ def _parquet(source: Source, column: str, skipped: Skipped, tick: Tick) -> Itera
                     else:
                         skipped.record(source.name, number, f"{column!r} is not a text")
                 tick(source.bytes * len(batch) // rows)
-    except (arrow.ArrowInvalid, arrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Broken:
+        raise
+    except Exception as error:  # it raises a dozen kinds on foreign bytes, UnicodeDecodeError and KeyError among them
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise Broken(f"it is not a parquet file ({reason}): copy or write it again") from None
 
 

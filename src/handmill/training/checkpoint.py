@@ -2,6 +2,7 @@
 
     step-N.tmp/  ->  files, each flushed to the disk  ->  MANIFEST.json with size and checksum of every file
                  ->  renamed to step-N/  ->  the parent folder flushed
+    step-N/      ->  renamed to step-N.old/  ->  removed
 
 Loading takes the newest that verifies, else the next older, and says so. Only safetensors and JSON are read.
 """
@@ -21,6 +22,9 @@ from handmill.disk import fingerprint, flush
 from handmill.errors import UserError
 
 Tensors = dict[str, Tensor]
+FULL = {errno.ENOSPC: "the disk is full: free some space",
+        errno.EDQUOT: "this user's share of the disk is full: free some space",
+        errno.EFBIG: "files may not be so large here: raise the limit (ulimit -f)"}
 
 
 def save(folder: Path, step: int, parts: dict[str, Tensors], facts: dict[str, Any], keep: int,
@@ -33,27 +37,22 @@ def save(folder: Path, step: int, parts: dict[str, Tensors], facts: dict[str, An
     """
     final, staged = folder / f"step-{step}", folder / f"step-{step}.tmp"
     try:
-        _clear(staged)
-        staged.mkdir(parents=True)
+        _remove(staged)
+        _make(folder)
+        staged.mkdir()
         for name, tensors in parts.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, staged / f"{name}.safetensors")
         (staged / "facts.json").write_text(json.dumps({"step": step, **facts}), encoding="utf-8")
-        manifest = {}
-        for file in sorted(staged.iterdir()):
-            flush(file)
-            manifest[file.name] = fingerprint(file)
-        (staged / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        flush(staged / "MANIFEST.json")
-        flush(staged)
-        _clear(final)
+        _seal(staged)
+        _drop(final)
         os.rename(staged, final)
         flush(folder)
     except Exception as error:  # safetensors raises its own type for a full disk
-        _clear(staged)
+        shutil.rmtree(staged, ignore_errors=True)  # on a disk that became read-only this fails, too
         raise UserError(_reason(error, folder, step)) from error
     for old in checkpoints(folder)[keep:]:
         if old.name != f"step-{kept}":
-            _clear(old)
+            _drop(old)
     return final
 
 
@@ -61,7 +60,7 @@ def drop_after(folder: Path, step: int) -> None:
     """Remove the checkpoints of later steps, which a run that went back to `step` must not go on from."""
     for path in checkpoints(folder):
         if int(path.name[5:]) > step:
-            _clear(path)
+            _drop(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -83,9 +82,7 @@ def load(folder: Path, last: int | None = None) -> tuple[dict[str, Tensors], dic
             continue
         fault = verify(path)
         if fault is None:
-            facts: dict[str, Any] = json.loads((path / "facts.json").read_text(encoding="utf-8"))
-            parts = {f.stem: load_file(f) for f in sorted(path.glob("*.safetensors"))}
-            return parts, facts, passed
+            return {f.stem: load_file(f) for f in sorted(path.glob("*.safetensors"))}, _facts(path), passed
         passed.append(f"passed over checkpoint {path}: {fault}")
     if passed:
         raise UserError(f"no checkpoint in {folder} is whole ({passed[0]}): delete that folder to train from the start")
@@ -96,8 +93,7 @@ def newest_facts(folder: Path) -> dict[str, Any] | None:
     """The facts of the checkpoint that `load` would take, without its tensors."""
     for path in checkpoints(folder):
         if verify(path) is None:
-            facts: dict[str, Any] = json.loads((path / "facts.json").read_text(encoding="utf-8"))
-            return facts
+            return _facts(path)
     return None
 
 
@@ -105,31 +101,74 @@ def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or "facts.json" not in manifest:
-            return "its MANIFEST.json lists no facts.json"
-        for name, expected in manifest.items():
-            if Path(name).name != name or not (path / name).is_file():
-                return f"{name} is missing"
-            if fingerprint(path / name) != expected:
-                return f"{name} is not as it was written"
     except (OSError, ValueError) as error:
         return f"its MANIFEST.json cannot be read ({error})"
+    if not isinstance(manifest, dict) or "facts.json" not in manifest:
+        return "its MANIFEST.json lists no facts.json"
+    for name, expected in manifest.items():
+        if Path(name).name != name or not (path / name).is_file():
+            return f"{name} is missing"
+        try:
+            found = fingerprint(path / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found != expected:
+            return f"{name} is not as it was written"
     extra = {p.name for p in path.iterdir()} - set(manifest) - {"MANIFEST.json"}
     return f"{sorted(extra)[0]} does not belong to it" if extra else None
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what interrupted saves left behind."""
+    """Remove what interrupted saves left behind; a checkpoint that only lacked its name gets it."""
     for path in folder.glob("step-*.tmp"):
-        _clear(path)
+        final = path.with_suffix("")
+        if verify(path) is None and _facts(path).get("step") == int(final.name[5:]):
+            _drop(final)
+            os.rename(path, final)
+            flush(folder)
+        _remove(path)
+    for path in folder.glob("step-*.old"):
+        _remove(path)
 
 
-def _clear(path: Path) -> None:
+def _make(folder: Path) -> None:
+    """Make a folder whose name is on the disk before anything lies in it."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        flush(folder.parent)
+
+
+def _seal(staged: Path) -> None:
+    """Flush every file to the disk, and then the manifest that vouches for them."""
+    manifest = {}
+    for file in sorted(staged.iterdir()):
+        flush(file)
+        manifest[file.name] = fingerprint(file)
+    (staged / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    flush(staged / "MANIFEST.json")
+    flush(staged)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((path / "facts.json").read_text(encoding="utf-8"))
+    return facts
+
+
+def _drop(path: Path) -> None:
+    """Remove a checkpoint; one that is half removed is not taken for one."""
+    old = path.with_name(f"{path.name}.old")
+    if path.exists():
+        _remove(old)
+        os.rename(path, old)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
     if path.exists():
         shutil.rmtree(path)
 
 
 def _reason(error: Exception, folder: Path, step: int) -> str:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    why = "the disk is full: free some space" if full else f"{error}: make the folder writable"
-    return f"checkpoint {step} could not be written to {folder}, {why}, then train again to go on from the one before"
+    found = next((why for number, why in FULL.items() if getattr(error, "errno", None) == number
+                  or os.strerror(number) in str(error)), f"{error}: make the folder writable")
+    return f"checkpoint {step} could not be written to {folder}, {found}, then train again to go on from the one before"

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from handmill.data.order import draw
 from handmill.errors import UserError
 from handmill.networks.weights import weights_of
 from handmill.recipe import Training
-from handmill.training import checkpoint, distributed
+from handmill.training import checkpoint, distributed, sharding
 from handmill.training.batches import Batch, moved
 from handmill.training.carried import Carried
 from handmill.training.monitor import Monitor, count, duration
 from handmill.training.optimizers import Optimizer, rate
-from handmill.training.precision import HalfPrecision
+from handmill.training.precision import HalfPrecision, free_threads
 
 SKIPS = 3  # batches in a row that may be skipped before the run goes back to its last checkpoint
 RETURNS = 3  # times a run may go back
@@ -105,6 +105,12 @@ class Choices:
     compiled: bool = False
     micro_batch: int = 0
     threads: int = field(default_factory=torch.get_num_threads)  # sums are added up by them, in their order
+    processes: int = field(default_factory=distributed.world)
+
+    def __post_init__(self) -> None:
+        """Other processes than the run began with have other cores for themselves."""
+        if self.processes != distributed.world():
+            self.threads, self.processes = free_threads(), distributed.world()
 
 
 @dataclass
@@ -137,11 +143,18 @@ class Run:
         self.folder, self.device, self.monitor = folder / "checkpoints", device, monitor
         self.choices, self.peak = choices, peak
         self.progress = Progress()
+        torch.set_num_threads(choices.threads)
+        if training.batch < distributed.world():
+            raise UserError(f"training.batch = {training.batch} leaves some of {distributed.world()} processes without "
+                            "work: raise it, or start fewer processes")
         owners, model = task.owners, task.phases[0]
-        self.modules = {id(p.network): prepared(p.network, choices) for p in owners}
-        self.averages = {model.name: copied(weights_of(model.network))} if training.ema else {}
+        half = choices.precision == "bf16"
+        self.shards = sharding.sharded(task.phases, training.batch, half, monitor.say) if training.shard else None
+        how = replace(choices, compiled=choices.compiled and self.shards is None)  # the compiler knows no split weights
+        self.modules = {id(p.network): prepared(self.trained(p.name), how) for p in owners}
+        self.averages = {model.name: copied(weights_of(self.trained(model.name)))} if training.ema else {}
         self.best: dict[str, checkpoint.Tensors] = {}  # the model's weights at the lowest validation loss
-        self.ended = False  # by a signal
+        self.asked = self.ended = False  # by a signal to end: this process; all of them, once they know
         self.sample_seconds = 0.0  # of the last sample
         self.sampled = self.started = time.monotonic()
         self.recent: list[tuple[float, int]] = []  # (time, step) for the live speed
@@ -171,24 +184,28 @@ class Run:
                 self.show_sample()
             if self.ended and saved != self.progress.step:
                 self.save()
+        self.merge()
         return self.progress
 
     def step(self) -> None:
         """One optimizer step of every phase that is due; batches that are not finite are skipped."""
         start = time.perf_counter()
         step, skips = self.progress.step, 0
+        statistics = [(b, b.clone()) for b in self.statistics()]
         while True:
             places = np.arange(self.training.batch, dtype=np.int64) + (step + self.progress.shift) * self.training.batch
             torch.manual_seed(draw(self.seed, "noise", step + self.progress.shift, distributed.rank()))
             done = {p.name: self.phase_step(p, places) for p in self.task.phases if step % p.every == 0}
-            if all(finite for *_, finite in done.values()):
+            faults = [fault for _, fault in done.values() if fault]
+            if not faults:
                 break
+            for buffer, before in statistics:
+                buffer.copy_(before)
             skips += 1
             self.progress.shift += 1
-            self.monitor.say(f"step {step + 1}: the loss or a gradient is not finite; "
-                             f"batch {places[0]} to {places[-1]} is skipped")
+            self.monitor.say(f"step {step + 1}: {faults[0]}; batch {places[0]} to {places[-1]} is skipped")
             if skips > SKIPS:
-                self.go_back(step)
+                self.go_back(step, faults[0])
                 return
         self.agree()
         if self.averages:
@@ -199,8 +216,8 @@ class Run:
         self.progress.seconds["train"] += time.perf_counter() - start
         self.report(figures)
 
-    def phase_step(self, phase: Phase, places: NDArray[np.int64]) -> tuple[dict[str, float], bool]:
-        """Forward, backward and optimizer step of one phase: its figures, and whether loss and gradient were finite.
+    def phase_step(self, phase: Phase, places: NDArray[np.int64]) -> tuple[dict[str, float], str]:
+        """Forward, backward and optimizer step of one phase: its figures, and what was not finite, where; "": all was.
 
         The figures are means over the items: "loss", what the loss tells beside it, and the "gradient_norm"; of other
         phases than the first with the phase's name before them.
@@ -209,8 +226,9 @@ class Run:
         mine = np.array_split(places, distributed.world())[distributed.rank()]
         cuts = max(1, -(-mine.size // (self.choices.micro_batch or max(1, mine.size))))
         batches = [self.task.batch(part) for part in np.array_split(mine, cuts)]
-        counted = torch.tensor([float(sum(phase.count(b) for b in batches))], dtype=torch.float64)
-        items = distributed.total(counted.to(self.device)).item()
+        counted = torch.tensor([sum(phase.count(b) for b in batches), self.asked], dtype=torch.float64)
+        items, asked = distributed.total(counted.to(self.device)).tolist()
+        self.ended = self.ended or (asked > 0 and distributed.world() > 1)
         assert items > 0, "a global batch without a single item to predict"
         sums: dict[str, Tensor] = {}
         with phase.alone():
@@ -219,18 +237,22 @@ class Run:
                 (part * (1 / items)).backward()
                 for name, value in ({"loss": part} | told).items():
                     sums[name] = sums.get(name, 0.0) + value.detach().double()
-        values = distributed.total(torch.stack([*sums.values()])) / items
+        own = distributed.where_odd([sums["loss"], *(p.grad for p in phase.network.parameters() if p.grad is not None)])
+        values, odd = distributed.total(torch.cat([torch.stack([*sums.values()]), own])).split([len(sums), len(own)])
         distributed.total_of(p.grad for p in phase.network.parameters() if p.grad is not None)
-        norm = nn.utils.clip_grad_norm_(phase.clipped(), self.training.clip or float("inf"), foreach=True).item()
-        figures = dict(zip(sums, values.tolist(), strict=True)) | {"gradient_norm": norm}
-        finite = bool(np.isfinite(figures["loss"]) and np.isfinite(norm))
-        if finite:
+        norm = sharding.clip(phase.clipped(), self.training.clip or float("inf"))
+        figures = dict(zip(sums, (values / items).tolist(), strict=True)) | {"gradient_norm": norm}
+        fault = ""
+        if not np.isfinite(figures["loss"]) or not np.isfinite(norm):
+            ranks = [str(rank) for rank in odd.nonzero().flatten().tolist()]
+            fault = "the loss or a gradient" + (f" of rank {', '.join(ranks)}" if ranks else "") + " is not finite"
+        else:
             self.update(phase)
             if phase.learn is not None:
                 phase.learn(figures, items)
-        phase.network.zero_grad(set_to_none=True)
+        modules[0].zero_grad(set_to_none=True)
         prefix = "" if phase is self.task.phases[0] else f"{phase.name}_"
-        return {prefix + name: value for name, value in figures.items()}, finite
+        return {prefix + name: value for name, value in figures.items()}, fault
 
     def update(self, phase: Phase) -> None:
         """The optimizer step of one phase."""
@@ -240,11 +262,15 @@ class Run:
                 group["lr"] = group["peak"] * scale
             optimizer.step()
 
+    def statistics(self) -> list[Tensor]:
+        """What a forward pass may change, such as the moments of batch normalisation."""
+        return [b for phase in self.task.owners for b in phase.network.buffers() if b.is_floating_point()]
+
     @torch.no_grad()
     def agree(self) -> None:
-        """Statistics that each process kept of its own items, such as batch normalisation's, become their mean."""
+        """Statistics that each process kept of its own items become their mean."""
         if distributed.world() > 1:
-            buffers = [b for phase in self.task.owners for b in phase.network.buffers() if b.is_floating_point()]
+            buffers = self.statistics()
             for buffer in buffers:
                 buffer.div_(distributed.world())
             distributed.total_of(buffers)
@@ -254,8 +280,9 @@ class Run:
         """EMA of the weights; its decay grows with the steps, so that the average forgets the start."""
         decay = min(self.training.ema, (1 + self.progress.step) / (10 + self.progress.step))
         for name, average in self.averages.items():
-            current = weights_of(self.network(name))
-            torch._foreach_lerp_([average[k] for k in current], list(current.values()), 1 - decay)
+            current = weights_of(self.trained(name))
+            torch._foreach_lerp_(sharding.locals_of(average[k] for k in current), sharding.locals_of(current.values()),
+                                 1 - decay)
 
     def evaluate(self) -> None:
         """Mean loss over the held-out data, of the averaged weights where there are any."""
@@ -270,7 +297,7 @@ class Run:
             self.progress.validation = means.pop("loss")
             if self.progress.validation < self.progress.best and self.training.weights == "best":
                 self.progress.best, self.progress.best_step = self.progress.validation, self.progress.step
-                self.best = {phase.name: copied(weights_of(phase.network))}
+                self.best = {phase.name: copied(self.averages.get(phase.name) or weights_of(self.trained(phase.name)))}
         self.progress.stopped = self.progress.validation <= self.training.stop_at
         self.progress.seconds["evaluate"] += time.perf_counter() - start
         self.monitor.record(step=self.progress.step, seconds=round(self.elapsed(), 3),
@@ -308,7 +335,7 @@ class Run:
                          "rates")
 
     def averaged(self) -> Any:
-        """The averaged weights, where there are any, in place of the trained ones while the block runs."""
+        """The averaged weights, where there are any, in place of the trained ones while the block runs; whole ones."""
         return self.swapped(self.averages)
 
     def chosen(self) -> Any:
@@ -317,6 +344,10 @@ class Run:
 
     @contextmanager
     def swapped(self, weights: dict[str, checkpoint.Tensors]) -> Iterator[None]:
+        if self.shards is not None:
+            with self.shards.whole(weights.get(self.task.phases[0].name)):
+                yield
+            return
         trained = {name: copied(weights_of(self.network(name))) for name in weights}
         for name, other in weights.items():
             self.network(name).load_state_dict(other, strict=False)
@@ -330,25 +361,40 @@ class Run:
         """The network that the phase of this name trains."""
         return next(p.network for p in self.task.phases if p.name == name)
 
+    def trained(self, name: str) -> nn.Module:
+        """What is trained in its place: itself, or its double that is split over the processes."""
+        return self.network(name) if self.shards is None else self.shards.double
+
+    def merge(self) -> None:
+        """A network that was split is whole again, with the chosen weights, in every process."""
+        if self.shards is not None:
+            self.shards.fill((self.best or self.averages).get(self.task.phases[0].name))
+            self.shards, self.best, self.averages = None, {}, {}
+
     def save(self) -> None:
         """A checkpoint of everything the next step depends on."""
         start, parts = time.perf_counter(), self.tensors()
+        self.monitor.flush()
         with distributed.first() as mine:
             if mine:
-                facts = {"progress": asdict(self.progress), "choices": asdict(self.choices), "seed": self.seed}
+                whole = -(-self.training.batch // distributed.world())
+                choices = replace(self.choices, micro_batch=self.choices.micro_batch or whole)
+                facts = {"progress": asdict(self.progress), "choices": asdict(choices), "seed": self.seed}
                 kept = self.progress.best_step if self.task.judge else None
                 checkpoint.save(self.folder, self.progress.step, parts, facts, self.training.keep, kept)
         self.progress.seconds["save"] += time.perf_counter() - start
 
     def tensors(self) -> dict[str, checkpoint.Tensors]:
         """File name -> tensors: weights and optimizer states of all networks, average and best weights of the model,
-        the state that it carries. Every process must call it."""
+        the state that it carries. Every process must call it; of what is split, the first alone gets the tensors."""
         parts = {f"{name}-average": weights for name, weights in self.averages.items()}
         parts |= {f"{name}-best": weights for name, weights in self.best.items()}
         for phase in self.task.owners:
-            parts[phase.name] = weights_of(phase.network)
+            parts[phase.name] = weights_of(self.trained(phase.name))
             for i, optimizer in enumerate(phase.optimizers):
                 parts[f"{phase.name}-optimizer-{i}"] = optimizer.tensors()
+        if self.shards is not None:
+            parts = {name: sharding.collected(tensors) for name, tensors in parts.items()}
         return parts | ({"carried": self.task.carried.tensors()} if self.task.carried else {})
 
     def resume(self, last: int | None = None) -> bool:
@@ -363,7 +409,8 @@ class Run:
         for sentence in passed:
             self.monitor.say(sentence)
         assert facts["seed"] == self.seed, "another run's checkpoint"
-        assert Choices(**facts["choices"]) == self.choices, "another run's checkpoint"
+        kept = Choices(**facts["choices"])
+        assert (kept.precision, kept.compiled) == (self.choices.precision, self.choices.compiled), "another arithmetic"
         self.restore(parts)
         spent = self.progress.seconds
         self.progress = Progress(**facts["progress"])
@@ -373,25 +420,25 @@ class Run:
         return True
 
     def restore(self, parts: dict[str, checkpoint.Tensors]) -> None:
-        for name in self.averages:
-            self.averages[name] = {k: v.to(self.device) for k, v in parts[f"{name}-average"].items()}
-        model = self.task.phases[0].name
-        if f"{model}-best" in parts:
-            self.best[model] = parts[f"{model}-best"]
         for phase in self.task.owners:
-            load_weights(phase.network, parts[phase.name])
+            load_weights(self.trained(phase.name), parts[phase.name])
             for i, optimizer in enumerate(phase.optimizers):
                 optimizer.load(parts[f"{phase.name}-optimizer-{i}"])
+        model = self.task.phases[0].name
+        own = weights_of(self.trained(model))
+        for name, kept in (("average", self.averages), ("best", self.best)):
+            if f"{model}-{name}" in parts:
+                kept[model] = {k: sharding.taken(v, own[k]) for k, v in parts[f"{model}-{name}"].items()}
         if self.task.carried is not None:
             self.task.carried.load(parts["carried"], self.device)
 
-    def go_back(self, step: int) -> None:
+    def go_back(self, step: int, fault: str) -> None:
         """Return to the last checkpoint and pass over the data that ended in numbers that are not finite."""
         past, returns = step + self.progress.shift, self.progress.returns + 1
         advice = "lower training.learning_rate and training.matrix_rate, or raise training.warmup"
         if returns > RETURNS or not checkpoint.checkpoints(self.folder):
-            raise UserError(f"training diverged at step {step + 1}: {SKIPS + 1} batches in a row gave a loss or "
-                            f"gradient that is not finite; {advice}")
+            raise UserError(f"training diverged at step {step + 1}: {SKIPS + 1} batches in a row were skipped, because "
+                            f"{fault}; {advice}")
         self.resume()
         self.progress.shift, self.progress.returns = past - self.progress.step, returns
         self.monitor.say(f"went back to the checkpoint of step {self.progress.step}; "
@@ -436,13 +483,17 @@ class Run:
     def show_sample(self) -> None:
         """A sample on the screen every `sample_every` seconds, less often where that costs 5 % of the time."""
         pause = max(self.training.sample_every, SAMPLE_SHARE * self.sample_seconds)
-        if not self.training.sample_every or time.monotonic() - self.sampled < pause:
+        mine = distributed.rank() == 0 and not self.monitor.quiet
+        due = time.monotonic() - self.sampled >= pause
+        if self.shards is not None and self.training.sample_every:  # all gather the weights when the first one samples
+            due = distributed.total(torch.tensor(float(due and mine), device=self.device)).item() > 0
+        if not (due and self.training.sample_every):
             return
         start = time.perf_counter()
-        if distributed.rank() == 0 and not self.monitor.quiet:
+        if mine or self.shards is not None:
             network = self.task.phases[0].network
             with torch.no_grad(), self.averaged(), evaluating(network):
-                text = self.task.sample(network)
+                text = self.task.sample(network) if mine else ""
             self.monitor.say(f"  sample at step {self.progress.step}: {text}")
         self.sampled = time.monotonic()
         self.sample_seconds = time.perf_counter() - start
@@ -475,16 +526,16 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
     if odd:
         raise UserError(f"the checkpoint is of another network ({sorted(odd)[0]} differs): "
                         "train into another folder, or delete this one's checkpoints")
-    network.load_state_dict(weights, strict=False)
+    network.load_state_dict({k: sharding.parted(v, own[k]) for k, v in weights.items()}, strict=False)
 
 
 @contextmanager
 def stop_signals(run: Run) -> Iterator[None]:
     """SIGTERM and Ctrl-C end the run after the step at hand, saved; a second one ends it at once."""
     def stop(number: int, frame: Any) -> None:
-        if run.ended:
+        if run.asked:
             raise SystemExit(128 + number)
-        run.ended = True
+        run.asked, run.ended = True, distributed.world() == 1
         run.monitor.say("stopping: this step is finished and saved first (once more: stop at once)")
 
     previous = {}

@@ -28,6 +28,11 @@ class Monitor:
         if self.file is not None:
             self.file.write(json.dumps({k: v for k, v in values.items() if v is not None}) + "\n")
 
+    def flush(self) -> None:
+        """Hand what was recorded to the system: a process that is killed later has it in its file."""
+        if self.file is not None:
+            self.file.flush()
+
     def live(self, text: str, now: bool = False) -> None:
         """Put `text` in place of the last live line, every half second; whole lines where there is no terminal."""
         terminal = self.screen.isatty()

@@ -1,7 +1,8 @@
 """AdamW for vectors and embeddings, Muon for matrices, and the schedule of their rates.
 
 Muon: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks". Matrices of one shape are
-orthogonalised together as one batch, which is what makes it cheap for small networks.
+orthogonalised together as one batch, which is what makes it cheap for small networks. A matrix that is split over
+processes is gathered for it: every process orthogonalises the whole of it, and updates its own rows.
 """
 
 import math
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from handmill.recipe import Training
+from handmill.training.sharding import gathered, local, locals_of, parted, split, taken
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of the quintic x -> a x + b x^3 + c x^5
+GATHERED = 1 << 24  # numbers of split matrices that are gathered at once, about
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -62,7 +65,7 @@ class Optimizer:
         for key, tensor in tensors.items():
             place, _, name = key.partition(".")
             p = parameters[int(place)]
-            self.state[p][name] = tensor.to(p.device).clone()
+            self.state[p][name] = taken(tensor, p if tensor.shape == p.shape else local(p))
 
     def _kept(self, p: Tensor, *names: str) -> list[Tensor]:
         """The state tensors of a parameter, zero on first use."""
@@ -89,9 +92,9 @@ class AdamW(Optimizer):
             steps, means, squares = zip(*(self._kept(p, "step", "exp_avg", "exp_avg_sq") for p in due), strict=True)
             torch._foreach_add_(steps, 1)
             beta1, beta2 = group["betas"]
-            torch._fused_adamw_(due, [p.grad for p in due], list(means), list(squares), [], list(steps),
-                                lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
-                                eps=group["eps"], amsgrad=False, maximize=False)
+            torch._fused_adamw_(locals_of(due), locals_of(p.grad for p in due), locals_of(means), locals_of(squares),
+                                [], list(steps), lr=group["lr"], beta1=beta1, beta2=beta2,
+                                weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False)
 
 
 class Muon(Optimizer):
@@ -114,20 +117,23 @@ class Muon(Optimizer):
                     rows, columns = p.shape[0], p.numel() // p.shape[0]
                     shapes[min(rows, columns), max(rows, columns)].append(p)
             for alike in shapes.values():
-                self._step_together(alike, group)
+                many = max(1, GATHERED // alike[0].numel()) if split(alike[0]) else len(alike)
+                for first in range(0, len(alike), many):
+                    self._step_together(alike[first:first + many], group)
 
     def _step_together(self, alike: list[Tensor], group: dict[str, Any]) -> None:
         """Matrices of one shape, or of its transpose."""
-        buffers = [self._kept(p, "momentum_buffer")[0] for p in alike]
-        gradients = [p.grad for p in alike if p.grad is not None]
+        held, gradients = locals_of(alike), locals_of(p.grad for p in alike)
+        buffers = locals_of(self._kept(p, "momentum_buffer")[0] for p in alike)
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])
-        flat = [g.flatten(1) for g in ahead]
+        flat = [whole.flatten(1) for whole in gathered(ahead, alike)]
         wide = torch.stack([g.T if g.shape[0] > g.shape[1] else g for g in flat])  # (N, min, max)
         updates = [u.T if g.shape[0] > g.shape[1] else u for g, u in zip(flat, orthogonalise(wide), strict=True)]
-        torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
-        for p, update in zip(alike, updates, strict=True):
-            p.add_(update.reshape(p.shape), alpha=-group["lr"] * max(1.0, update.shape[0] / update.shape[1]) ** 0.5)
+        torch._foreach_mul_(held, 1 - group["lr"] * group["weight_decay"])
+        for p, mine, update in zip(alike, held, updates, strict=True):
+            mine.add_(local(parted(update.reshape(p.shape), p)),
+                      alpha=-group["lr"] * max(1.0, update.shape[0] / update.shape[1]) ** 0.5)
 
 
 def optimizers(network: nn.Module, training: Training) -> list[Optimizer]:

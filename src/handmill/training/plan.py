@@ -26,7 +26,7 @@ from torch import nn
 
 from handmill.errors import UserError
 from handmill.recipe import Recipe, Training
-from handmill.training import batches, checkpoint, distributed, memory
+from handmill.training import batches, checkpoint, distributed, memory, sharding
 from handmill.training.loop import SAMPLE_SHARE, Choices, Progress, Task, evaluating
 from handmill.training.monitor import duration, size
 from handmill.training.precision import COMPILE_GAIN, compiler_found, worth_compiling
@@ -43,6 +43,7 @@ PROBE_SHARE, PROBE_SECONDS = 0.004, 1.0  # of the run, and at most: the repeats 
 SLOWER = 1.25  # times as slow, and a single repeat has settled it
 FASTER = 0.95  # of the eager step: less than this and the compiled one is kept
 WRITTEN = 8 << 20  # bytes that time a save, at most
+SAVE_SHARE, SAVE_SECONDS = 0.03, 10.0  # of the training time: checkpoints that take more are worth a word
 LINE = 200  # bytes of metrics.jsonl a step
 
 
@@ -65,6 +66,7 @@ class Plan:
     disk_free: int
     largest_batch: int  # elements a step that fit without accumulation, over all processes
     reasons: list[str]  # how precision, compilation and micro-batches were chosen, a sentence each
+    saving: str = ""  # what checkpoints cost where that is much, and how it is less
     fault: str = ""  # why this run cannot be done, and the remedy
 
     def predicted(self) -> dict[str, Any]:
@@ -91,6 +93,11 @@ class Job:
     def share(self) -> int:
         """Elements of a batch that are this process's."""
         return -(-self.training.batch // distributed.world())
+
+    @property
+    def shared(self) -> bool:
+        """Whether the processes split the weights and what belongs to them."""
+        return self.training.shard and distributed.world() > 1
 
     @property
     def micro_batch(self) -> int:
@@ -129,6 +136,7 @@ class Size:
     largest: int  # elements of the largest batch that fits in one pass
     parts: tuple[int, ...]  # bytes of a checkpoint's files
     remedy: int = 0  # a micro-batch that would fit in the place of the one asked for
+    alone: bool = True  # one process could do it without the others that it shares the weights with
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,11 @@ class Speed:
 
 
 class Need:
-    """Bytes of tensors on the device, at the worst moments of a run with these choices."""
+    """Bytes of tensors on the device, at the worst moments of a run with these choices.
+
+    What is rehearsed is a step of a whole network. Of processes that split it each keeps its part, has some blocks
+    gathered in a step, and the whole weights in an evaluation; the first one has all of a checkpoint.
+    """
 
     def __init__(self, rehearsal: Rehearsal, choices: Choices, at_once: int) -> None:
         self.rehearsal, self.at_once = rehearsal, at_once
@@ -156,6 +168,22 @@ class Need:
         self.model = memory.size_of(rehearsal.task.phases[0].network.parameters())
         self.best = self.model if rehearsal.training.weights == "best" else 0  # the copy of the best weights so far
         self.element = batches.size_of(rehearsal.fetch(1))
+        self.processes = distributed.world() if rehearsal.training.shard else 1  # that split the weights
+
+    @property
+    def spared(self) -> int:
+        """Of what lasts from step to step, what the other processes keep."""
+        lasting = sum(self.rehearsal.parts()) - memory.size_of(self.rehearsal.carried())
+        return lasting - lasting // self.processes
+
+    @cached_property
+    def gathered(self) -> int:
+        """Whole weights in a step of a split network: those outside of the blocks, and of two blocks."""
+        if self.processes == 1:
+            return 0
+        network = self.rehearsal.task.phases[0].network
+        inside = sorted((memory.size_of(b.parameters()) for b in sharding.blocks(network)), reverse=True)
+        return self.model - sum(inside[2:])
 
     def step(self, elements: int, cuts: int) -> int:
         """In a step of `cuts` micro-batches of `elements`."""
@@ -177,20 +205,21 @@ class Need:
         few = max(1, self.at_once // 8) if self.rehearsal.real else self.at_once
         peak = self.rehearsal.tracked(lambda: self.rehearsal.evaluate(self.choices, few))
         held = sum(self.rehearsal.parts())
-        aside = self.model if self.rehearsal.average else 0
-        return held + aside + max((peak + self.best - held) * self.at_once // few, self.best)
+        aside = self.model if self.rehearsal.average or self.processes > 1 else 0
+        return held - self.spared + aside + max((peak + self.best - held) * self.at_once // few, self.best)
 
     @cached_property
     def saving(self) -> int:
         """While a checkpoint, and at the end the model folder, is written from copies."""
-        parts = self.rehearsal.parts()
-        copies = max(parts) if self.rehearsal.device.type == "cpu" else 0
-        swapped = self.model if self.best or self.rehearsal.average else 0
-        return sum(parts) + max(copies, self.model + swapped)
+        parts, split = self.rehearsal.parts(), self.processes > 1
+        copies = max(parts) + (sum(parts) if split else 0) if self.rehearsal.device.type == "cpu" else 0
+        swapped = self.model if self.best or self.rehearsal.average or split else 0
+        return sum(parts) - self.spared + max(copies, self.model + swapped)
 
     def beyond(self, elements: int, share: int) -> int:
         """Beyond the weights, for `share` elements a step in micro-batches of `elements`."""
-        worst = max(self.step(elements, 2 if share > elements else 1) + self.best, self.evaluation, self.saving)
+        step = self.step(elements, 2 if share > elements else 1) + self.best - self.spared + self.gathered
+        worst = max(step, self.evaluation, self.saving)
         batch = self.element * (share + elements) + 32 * share  # its tokens, and their places
         return self._in_process(worst - self.weights) + (batch if self.rehearsal.device.type == "cpu" else 0)
 
@@ -215,7 +244,11 @@ class Need:
         """`largest` from one step of `elements`: hardly ever too large, and at most a little too small."""
         held = sum(self.rehearsal.parts())
         each = max(1, self._in_process(self.step(elements, 1) + self.best - held) // elements + 2 * self.element)
-        return power_of_two((room - self._in_process(held - self.weights)) // each)
+        return power_of_two((room - self._in_process(held - self.spared + self.gathered - self.weights)) // each)
+
+    def alone(self, elements: int, room: int) -> bool:
+        """Whether a step of the whole network fits."""
+        return self.processes == 1 or self._in_process(self.step(elements, 1) - self.weights) <= room
 
     def _in_process(self, tensors: int) -> int:
         """Bytes of the process, or the GPU, for so many bytes of tensors."""
@@ -236,7 +269,8 @@ def make(recipe: Recipe, network: nn.Module, task: Task, device: torch.device, o
         small = not careful and is_small(job)
         sizes = sizes_in(job, real, candidates(recipe.training, device, choices), small)
         fitting = {p: s.micro_batch for p, s in sizes.items() if s.micro_batch}
-        if fitting:
+        timed = bool(fitting) and all(sizes[p].alone for p in fitting)
+        if timed:
             speed, reasons = fastest(job, real, fitting)
             if not sizes[speed.choices.precision].beyond:
                 sizes[speed.choices.precision] = size_of(job, Need(real, speed.choices, job.at_once))
@@ -244,8 +278,9 @@ def make(recipe: Recipe, network: nn.Module, task: Task, device: torch.device, o
             grown += surplus(real, speed, mapped)
             seconds = durations(job, real, speed)
         else:
-            precision = min(sizes, key=lambda p: sizes[p].beyond)
-            speed, reasons, grown, seconds = Speed(job.choices(precision, 0)), [], 0, (0.0, 0.0, 0.0)
+            precision = next(iter(fitting), min(sizes, key=lambda p: sizes[p].beyond))
+            speed, grown, seconds = Speed(job.choices(precision, fitting.get(precision, 0))), 0, (0.0, 0.0, 0.0)
+            reasons = [f"{precision}, not timed: no process can hold the whole by itself"] if fitting else []
         size = sizes[speed.choices.precision]
         if careful or not fitting:
             with real.without_data() as fake:
@@ -272,7 +307,8 @@ def assemble(job: Job, network: nn.Module, size: Size, speed: Speed, seconds: tu
         step_seconds=speed.step, evaluate_seconds=evaluate, save_seconds=save, sample_seconds=sample, seconds=total,
         memory_bytes=max(needed, memory.peak(job.device)), memory_limit=before + job.room,
         memory_tracked="on real tensors" if small else "without data",
-        disk_bytes=disk, disk_free=free, largest_batch=size.largest * distributed.world(), reasons=reasons)
+        disk_bytes=disk, disk_free=free, largest_batch=size.largest * distributed.world(), reasons=reasons,
+        saving=saving(training, speed.step, save))
     return replace(plan, fault=memory_fault(job, size, needed, plan.memory_limit) or disk_fault(job, plan))
 
 
@@ -293,6 +329,7 @@ def lines(plan: Plan) -> list[str]:
         ("time", f"{duration(plan.seconds)}: {plan.steps:,} steps of {1000 * plan.step_seconds:.3g} ms, {evaluations}"
          if plan.step_seconds else "not measured"),
         *(("chosen", reason) for reason in plan.reasons),
+        *([("saving", plan.saving)] if plan.saving else []),
         *([("does not fit", plan.fault)] if plan.fault else []),
     ]
     return [f"{name:14s}{text}" for name, text in table]
@@ -341,7 +378,8 @@ def size_of(job: Job, need: Need) -> Size:
     fits = bool(micro) and beyond <= job.room
     remedy = 0 if fits or not job.fixed or job.kept else need.micro_batch(job.share, job.room)
     largest = need.about_largest(micro or 1, job.room)
-    return Size(micro if fits else 0, beyond, largest, tuple(need.rehearsal.parts()), remedy)
+    alone = need.alone(micro or 1, job.room)
+    return Size(micro if fits else 0, beyond, largest, tuple(need.rehearsal.parts()), remedy, alone)
 
 
 def fastest(job: Job, real: Rehearsal, fitting: Mapping[str, int]) -> tuple[Speed, list[str]]:
@@ -399,8 +437,8 @@ def compiled(job: Job, real: Rehearsal, eager: Speed, reasons: list[str]) -> tup
     wish, before = job.training.compile, memory.used(job.device)
     if job.kept or wish == "no":
         return eager, 0
-    if job.task.uncompiled:
-        reasons.append(f"not compiled: {job.task.uncompiled}")
+    if uncompiled := "the weights are split over processes" if job.shared else job.task.uncompiled:
+        reasons.append(f"not compiled: {uncompiled}")
         return eager, 0
     if wish == "auto" and not worth_compiling(eager.step, job.training.steps, job.device):
         found = compiler_found(job.device)
@@ -465,6 +503,19 @@ def durations(job: Job, real: Rehearsal, speed: Speed) -> tuple[float, float, fl
             job.task.sample(network)
         sample = time.perf_counter() - start
     return per_item * job.held_out / distributed.world(), save_seconds(job.out, real), sample
+
+
+def saving(training: Training, step: float, save: float) -> str:
+    """What checkpoints of `save` seconds cost steps of `step` seconds; empty where that is little.
+
+    The interval stays as the recipe has it: it is also the most that a killed run loses.
+    """
+    share = save / max(1e-9, save + training.save_every * step)
+    if share <= SAVE_SHARE or save * (training.steps // training.save_every) < SAVE_SECONDS or not step:
+        return ""
+    rarer = min(training.steps, int(save / (step * SAVE_SHARE)) + 1)
+    return (f"{100 * share:.0f} % of the time goes into checkpoints: training.save_every = {rarer} takes less, and a "
+            f"killed run then loses up to {duration(rarer * step)}")
 
 
 def save_seconds(out: Path, real: Rehearsal) -> float:

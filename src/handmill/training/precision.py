@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from handmill.training.sharding import split
+
 COMPILE_SECONDS = 90.0  # a cold compilation of a small decoder took 60 to 90 s on two cores
 COMPILE_GAIN = 0.25  # the share of a step that compiling must save to be worth trying
 
@@ -21,16 +23,18 @@ class HalfPrecision(nn.Module):
     """Runs a network on bf16 copies of its fp32 parameters; gradients arrive at the fp32 ones.
 
     One cast a parameter and pass. Autocast casts the input of every operator instead, which costs a small network
-    on a CPU more than it saves. A network may name the beginnings of `exact` parameters, which stay as they are.
+    on a CPU more than it saves. A network may name the beginnings of `exact` parameters, which stay as they are. So do
+    those that are split over processes: they come gathered in bf16.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        exact: tuple[str, ...] = getattr(network, "exact", ())
+        self.cast = {n for n, p in network.named_parameters() if not (n.startswith(exact) or split(p))}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        exact: tuple[str, ...] = getattr(self.network, "exact", ())
-        halves = {n: p.to(torch.bfloat16) for n, p in self.network.named_parameters() if not n.startswith(exact)}
+        halves = {n: p.to(torch.bfloat16) for n, p in self.network.named_parameters() if n in self.cast}
         return torch.func.functional_call(self.network, halves, args, kwargs)
 
 

@@ -22,6 +22,8 @@ from handmill.training.monitor import Monitor, duration, size
 from handmill.training.precision import free_threads, machine, matrix_peak
 from handmill.verbs.setup import assemble, begin
 
+FREE = ("training.shard",)  # what may differ where a run is gone on with: the result is the same
+
 
 def train(recipe: Recipe | Path | str, out: Path | str | None = None, overrides: Iterable[str] = (),
           quiet: bool = False) -> Path:
@@ -94,6 +96,7 @@ def claim(out: Path, recipe: Recipe) -> None:
                          for k in (now[t] if isinstance(now[t], dict) else [t])
                          if (before[t].get(k) if isinstance(now[t], dict) else before[t])
                          != (now[t][k] if isinstance(now[t], dict) else now[t]))
+        changed = [key for key in changed if key not in FREE]
         if changed:
             raise UserError(f"{out} holds a run of another recipe ({changed[0]} differs): "
                             "choose another folder with --out, or delete this one")
