@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from handmill import __version__
-from handmill.errors import UserError
+from handmill.errors import UserError, is_out_of_memory
 
 
 def temperatures(text: str) -> tuple[float, ...]:
@@ -20,6 +20,7 @@ def temperatures(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers: write for example 0.8,1,1,1") from None
 
 
+LIBRARIES = 800 << 20  # bytes of addresses that torch and what `train` loads take: measured, CPU build of torch 2.13
 OVERRIDES = "recipe keys to override, for example training.steps=500"
 SAMPLING: dict[str, tuple[Any, str]] = {  # option of generate -> its type and what it does
     "temperature": (float, "0: always the likeliest token"), "top_k": (int, "tokens to choose from"),
@@ -333,6 +334,18 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     return top, verbs.choices
 
 
+def _room_for_libraries() -> None:
+    """Raises UserError where `ulimit -v` leaves too little for the libraries, which would crash while they load."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < LIBRARIES:
+        raise UserError(f"the limit of memory (ulimit -v) is {limit >> 20} MB, and the libraries alone take "
+                        f"{LIBRARIES >> 20} MB of addresses: raise it")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; 0 when it worked, 2 with one sentence when the user has something to mend, 130 on Ctrl-C."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when loaded: large pages for large tensors
@@ -343,6 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         args = top.parse_args(words)
     try:
+        _room_for_libraries()
         args.function(args)
     except UserError as error:
         print(f"handmill {args.verb}: {error}", file=sys.stderr)
@@ -352,10 +366,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `handmill generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        said = _sentence(error)
+        if said is None:
             raise
-        what = error.filename or "a file"
-        print(f"handmill {args.verb}: {what} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"handmill {args.verb}: {said}", file=sys.stderr)
         return 2
     return 0
+
+
+def _sentence(error: Exception) -> str | None:
+    """What the user has to mend where the machine refused something; None where it is no such error."""
+    if is_out_of_memory(error):
+        return ("memory ran out: close other programs, raise the limit, or make training.batch, the network or what is "
+                "asked for smaller")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return f"{error.filename or 'a file'} cannot be written: {error.strerror}"
+    return None

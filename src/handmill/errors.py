@@ -11,6 +11,14 @@ class UserError(Exception):
     """
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, of torch on any device or of the loader of libraries says that memory ran out."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, ImportError, OSError)) and any(
+        words in said for words in ("can't allocate memory", "cannot allocate memory", "out of memory",
+                                    "failed to map segment")))
+
+
 def optional(module: str, extra: str) -> ModuleType:
     """Import an optional package, or say which extra brings it.
 
