@@ -101,7 +101,7 @@ def test_samples_and_names_are_escaped(copy):
 def test_card_without_a_check_says_so(copy):
     receipt = folder.read_receipt(copy)
     del receipt["check"]
-    (copy / "receipt.json").write_text(json.dumps(receipt))
+    (copy / "receipt.json").write_text(folder.sealed(receipt))
     markdown = card(copy)[0].read_text(encoding="utf-8")
     assert markdown.count(page.plain(NOT_CHECKED)) == 3  # at the head, under quality and under copying
     assert "None recorded: \\`handmill check\\` makes them" in markdown
@@ -118,7 +118,7 @@ def test_card_of_a_bare_folder_names_what_is_missing(copy):
     shutil.rmtree(copy / "data")
     (copy / "loss.png").unlink()
     receipt = {"format": receipt["format"], "files": {k: v for k, v in receipt["files"].items() if k[:5] != "data/"}}
-    (copy / "receipt.json").write_text(json.dumps(receipt))
+    (copy / "receipt.json").write_text(folder.sealed(receipt))
     markdown = card(copy)[0].read_text(encoding="utf-8")
     for said in ("Not recorded: the sources", "Not recorded: how the data were cleaned", "Not drawn: the loss curve",
                  "Not recorded: what the plan predicted", "Not recorded: the licence", "None made",
@@ -145,7 +145,7 @@ def test_unknown_licence_and_secrets_are_warned_of(copy):
         (copy / f"data/{name}.json").write_text(json.dumps(value))
     receipt = folder.read_receipt(copy)
     receipt["files"] |= {f"data/{n}.json": folder.fingerprint(copy / f"data/{n}.json") for n in ("manifest", "report")}
-    (copy / "receipt.json").write_text(json.dumps(receipt))
+    (copy / "receipt.json").write_text(folder.sealed(receipt))
     markdown = card(copy)[0].read_text(encoding="utf-8")
     assert "3 possible secrets" in markdown
     assert "unknown licence: find out" in markdown

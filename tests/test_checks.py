@@ -548,6 +548,6 @@ def test_model_without_held_out_data_says_what_to_do(model, tmp_path):
     shutil.rmtree(bare / "data")
     receipt = folder.read_receipt(bare)
     receipt["files"] = {k: v for k, v in receipt["files"].items() if not k.startswith("data/")}
-    (bare / "receipt.json").write_text(json.dumps(receipt))
+    (bare / "receipt.json").write_text(folder.sealed(receipt))
     with pytest.raises(UserError, match=r"data\.json"):
         check(bare, progress=False)

@@ -62,7 +62,7 @@ def test_a_receipt_cannot_reach_outside(path: Path) -> None:
     secret.write_text("x")
     receipt = json.loads((path / "receipt.json").read_text())
     receipt["files"]["../secret.txt"] = folder.fingerprint(secret)
-    (path / "receipt.json").write_text(json.dumps(receipt))
+    (path / "receipt.json").write_text(folder.sealed(receipt))
     with pytest.raises(UserError, match="outside the model folder"):
         folder.load(path)
 
@@ -90,6 +90,6 @@ def test_a_receipt_must_vouch_for_what_is_loaded(path: Path, name: str) -> None:
     """A folder whose receipt leaves the weights or the recipe out would load them unverified."""
     receipt = json.loads((path / "receipt.json").read_text())
     del receipt["files"][name]
-    (path / "receipt.json").write_text(json.dumps(receipt))
+    (path / "receipt.json").write_text(folder.sealed(receipt))
     with pytest.raises(UserError, match=name):
         folder.load(path)

@@ -83,7 +83,7 @@ def test_no_path_of_the_machine_gets_in(tmp_path):
 def test_card_without_a_check_says_so_and_shows_the_training_picture(copy):
     receipt = folder.read_receipt(copy)
     del receipt["check"]
-    (copy / "receipt.json").write_text(json.dumps(receipt))
+    (copy / "receipt.json").write_text(folder.sealed(receipt))
     markdown = written(copy)[0]
     assert markdown.count(NOT_CHECKED) == 3
     assert "None recorded: `handmill check` makes them" in markdown
@@ -111,7 +111,7 @@ def test_card_of_a_bare_folder_names_what_is_missing(copy):
     receipt = folder.read_receipt(copy)
     shutil.rmtree(copy / "data")
     receipt = {"format": receipt["format"], "files": {k: v for k, v in receipt["files"].items() if k[:5] != "data/"}}
-    (copy / "receipt.json").write_text(json.dumps(receipt))
+    (copy / "receipt.json").write_text(folder.sealed(receipt))
     markdown = written(copy)[0]
     for said in ("Not recorded: the sources", "Not recorded: how the images", "Not drawn: the loss curve", "None made",
                  "Not recorded: what the plan predicted", "Not recorded: the licence", "| steps | not recorded |"):

@@ -155,7 +155,7 @@ def test_parts_that_were_not_measured_say_why(copy: Path) -> None:
     for name in ("novelty", "style", "likelihood", "samples", "verdict"):
         receipt = folder.read_receipt(copy)
         del receipt["check"][name]
-        (copy / "receipt.json").write_text(json.dumps(receipt))
+        (copy / "receipt.json").write_text(folder.sealed(receipt))
     markdown = written(copy)[0]
     for said in ("Not measured: likelihood.", "Not measured: style.", "Not measured: found.",
                  "None recorded: `handmill check` makes them"):
@@ -166,7 +166,7 @@ def test_card_of_a_bare_folder_names_what_is_missing(copy: Path) -> None:
     receipt = folder.read_receipt(copy)
     shutil.rmtree(copy / "data")
     files = {name: entry for name, entry in receipt["files"].items() if not name.startswith("data/")}
-    (copy / "receipt.json").write_text(json.dumps({"format": receipt["format"], "files": files}))
+    (copy / "receipt.json").write_text(folder.sealed({"format": receipt["format"], "files": files}))
     markdown = written(copy)[0]
     for said in ("Not recorded: the sources", "Not recorded: how the pieces", "Not drawn: the loss curve", "None made",
                  "Not recorded: the licence", "| steps | not recorded |"):

@@ -24,11 +24,23 @@ def fingerprint(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": digest}
 
 
-def sealed(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A table of JSON values with the SHA-256 of all of them as its "seal", whatever stood there before."""
+def parsed(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError where it is none, or nested deeper than anything that we write."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def sealed(table: Mapping[str, Any]) -> str:
+    """The JSON text of a table, at its end the SHA-256 of all else in it: it shows damage, not who wrote it."""
     rest = {key: value for key, value in table.items() if key != "seal"}
-    text = json.dumps(rest, sort_keys=True, ensure_ascii=False)
-    return rest | {"seal": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()}
+    digest = hashlib.sha256(_text(rest).encode("utf-8", "surrogatepass")).hexdigest()
+    return _text(rest | {"seal": digest})
+
+
+def _text(table: Mapping[str, Any]) -> str:
+    return json.dumps(table, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,7 +12,6 @@ been made to do harm: before anything of it is read or written, `entries` has fo
 never ends or is no plain file; and a network is built only where the weights beside its recipe fill it.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -34,7 +33,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from handmill import media
 from handmill import recipe as recipes
 from handmill.data.sources import printable
-from handmill.disk import fingerprint, write_text
+from handmill.disk import fingerprint, parsed, sealed, write_text
 from handmill.errors import UserError
 from handmill.networks import build
 from handmill.networks.weights import tied_names, weights_of
@@ -47,8 +46,8 @@ DOTS = 32  # in a line of a recipe; the time that TOML takes to read grows with 
 _WITNESSES = 4096  # numbers of the trained network's answer
 _UNTRUE = "copy the folder again from where it was made"
 
-__all__ = ["FORMAT", "Model", "fingerprint", "load", "read_receipt", "record", "verify", "weights_of", "write",
-           "write_text"]
+__all__ = ["FORMAT", "Model", "fingerprint", "load", "read_receipt", "record", "sealed", "verify", "weights_of",
+           "write", "write_text"]
 
 
 @dataclass
@@ -241,14 +240,18 @@ def _plain(file: Path) -> None:
 def read_receipt(path: Path) -> dict[str, Any]:
     """The receipt without verifying the files. Raises UserError when there is none or it is of another format."""
     try:
-        receipt: dict[str, Any] = json.loads((path / "receipt.json").read_text(encoding="utf-8"))
+        text = (path / "receipt.json").read_text(encoding="utf-8")
+        receipt: dict[str, Any] = parsed(text)
     except FileNotFoundError:
         raise UserError(f"{path} holds no receipt.json: it is not a model folder, or its training did not end "
                         "(`handmill train` goes on where it stopped)") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path / 'receipt.json'} cannot be read: {error}") from None
     if not isinstance(receipt, dict) or receipt.get("format") != FORMAT or not _tables(receipt):
         raise UserError(f"{path / 'receipt.json'} is not of the format {FORMAT}")
+    if text != sealed(receipt):
+        raise UserError(f"{path / 'receipt.json'} is not as it was written (its seal differs): {_UNTRUE}, or train "
+                        "again")
     return receipt
 
 
@@ -274,4 +277,5 @@ def record(path: Path, section: str, value: Any, key: str | None = None) -> None
 
 
 def _save_receipt(path: Path, receipt: Mapping[str, Any]) -> None:
-    write_text(path / "receipt.json", json.dumps(receipt, indent=1, ensure_ascii=False) + "\n")
+    """Replace the receipt of a model folder, with its seal."""
+    write_text(path / "receipt.json", sealed(receipt))

@@ -48,14 +48,14 @@ def vouched(path: Path, *also: str) -> None:
     receipt = receipt_of(path)
     names = {*receipt["files"], *also}
     receipt["files"] = {name: folder.fingerprint(path / name) for name in sorted(names) if (path / name).is_file()}
-    (path / "receipt.json").write_text(json.dumps(receipt))
+    (path / "receipt.json").write_text(folder.sealed(receipt), "utf-8", "surrogatepass")
 
 
 def told(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """The receipt with a change."""
     receipt = receipt_of(path)
     change(receipt)
-    (path / "receipt.json").write_text(json.dumps(receipt))
+    (path / "receipt.json").write_text(folder.sealed(receipt), "utf-8", "surrogatepass")
 
 
 def names(name: str) -> Attack:
@@ -202,7 +202,7 @@ def nested(path: Path) -> None:
         here = path.joinpath(*("codec", "model") * level)
         files = [name for name in folder.files_below(here, "codec")] if level > levels - 3 else []
         receipt = receipt_of(path) | {"files": {}}
-        (here / "receipt.json").write_text(json.dumps(receipt))
+        (here / "receipt.json").write_text(folder.sealed(receipt), "utf-8", "surrogatepass")
         vouched(here, "recipe.toml", "weights.safetensors", "codec/codec.json", *files)
 
 

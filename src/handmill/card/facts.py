@@ -1,10 +1,10 @@
 """What every section of a card needs: values of a model folder as text, without paths of the machine."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from handmill.disk import parsed
 from handmill.page import Block, Picture, Table, Text
 from handmill.training.monitor import duration, size
 
@@ -45,7 +45,7 @@ def weights(receipt: dict[str, Any]) -> str | None:
 def read(file: Path) -> dict[str, Any]:
     """A JSON table, {} where there is none that can be read."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parsed(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -1,6 +1,5 @@
 """The sections of a card that only music has."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from handmill.card.facts import NOT_CHECKED, Row, number
 from handmill.checks.music_verdict import compared_rows, likelihood_rows, longest_line
 from handmill.checks.tables import percent
 from handmill.checks.verdict import carried_lines
+from handmill.disk import parsed
 from handmill.media import music_tokens, music_words, performing, player, sound, synthesis
 from handmill.media.music_tokens import Events, Frames, pitch_name
 from handmill.media.notes import Note, Piece, duration
@@ -218,7 +218,7 @@ def _pieces(path: Path, file: str) -> list[Piece]:
         return []
     try:
         lines = whole.read_text(encoding="utf-8").split("\n")[:_PIECES]
-        tokens = [[int(token) for token in json.loads(line)["tokens"]] for line in lines if line]
+        tokens = [[int(token) for token in parsed(line)["tokens"]] for line in lines if line]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     codec = music_tokens.load(None, path / "codec")

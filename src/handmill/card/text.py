@@ -1,6 +1,5 @@
 """The sections of a card that only text has."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from handmill.card import facts
 from handmill.card.facts import NOT_CHECKED, Row, number
 from handmill.checks import code
 from handmill.checks.verdict import carried_lines, copying_table, shown
+from handmill.disk import parsed
 from handmill.page import Block, Code, Points, Section, Table, Text
 from handmill.recipe import Recipe
 
@@ -153,6 +153,6 @@ def _samples(path: Path, check: dict[str, Any]) -> list[Block]:
 
 def _sample_texts(file: Path) -> list[str]:
     try:
-        return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").split("\n") if line]
+        return [parsed(line)["text"] for line in file.read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from handmill.checks.fidelity import label_agreement
 from handmill.checks.intervals import Figure
 from handmill.data.order import draw, permute
-from handmill.disk import flush
+from handmill.disk import flush, parsed
 from handmill.errors import UserError
 from handmill.recipe import not_negative, positive, within
 from handmill.training.optimizers import AdamW
@@ -196,7 +196,7 @@ def load(folder: Path) -> Classifier:
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-        facts, weights = json.loads(header["facts"]), load_file(path)
+        facts, weights = parsed(header["facts"]), load_file(path)
         s, shape = Settings(**facts["settings"]), facts["shape"]
         network = Network((*reduced(shape[:2], s.side), shape[2]), s.features, facts["classes"] or s.features)
         network.load_state_dict(weights)

@@ -6,7 +6,6 @@ error. Nothing is unpacked to the disk, no pickle is read, and every size is che
 
 import csv
 import io
-import json
 import math
 import zipfile
 from collections import Counter
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from handmill.data import sources
 from handmill.data.decoding import Payload, Refused, byte_limit, check_size, too_large
 from handmill.data.sources import Broken, Skipped, Source, printable
+from handmill.disk import parsed
 from handmill.errors import UserError, optional
 
 if TYPE_CHECKING:
@@ -276,8 +276,8 @@ def _jsonl(name: str, text: str, notes: Notes) -> tuple[list[str], Records]:
     records: Records = []
     for line, record in enumerate(text.split("\n"), 1):
         try:
-            value = json.loads(record) if record.strip() else None
-        except (ValueError, RecursionError):
+            value = parsed(record) if record.strip() else None
+        except ValueError:
             value = record
         if isinstance(value, dict):
             records.append((line, value))

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from handmill.disk import parsed
 from handmill.errors import UserError
 
 
@@ -57,7 +58,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A table in JSON. Raises UserError when it is missing or none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: name a whole folder of prepared data") from None
     except (OSError, ValueError) as error:

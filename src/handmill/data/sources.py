@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from handmill.data.corpus import Tick
 from handmill.data.pieces import PIECE, lines, pieces
+from handmill.disk import parsed
 from handmill.errors import UserError, optional
 
 STDLIB = "python:stdlib"  # in data.paths: the standard library of the Python that runs, but for its tests
@@ -307,19 +308,17 @@ def _unzst(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _jsonl(source: Source, column: str, skipped: Skipped, tick: Tick) -> Iterator[Piece]:
-    import json
-
     number = 0
     try:
         for number, line in enumerate(lines(blocks(source, tick), _RECORD), 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = parsed(line)
                 yield Piece(True, _text_of(record, column), number)
             except Broken as error:
                 skipped.record(source.name, number, str(error))
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 skipped.record(source.name, number, f"not JSON ({error})")
     except ValueError as error:
         raise Broken(f"after line {number} {error}: is it JSON lines, one record a line?") from None

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from handmill.disk import write_text
+from handmill.disk import parsed, write_text
 from handmill.errors import UserError
 from handmill.media.scores import PITCHES, REST, Grid, Score, from_grid, to_grid
 
@@ -99,10 +99,10 @@ def _content(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST:
             raise UserError(f"{path} is larger than {LARGEST >> 20} MiB: split it")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): check the path") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}): download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is to hold an object with the splits {', '.join(SPLITS)}")

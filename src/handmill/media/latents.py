@@ -6,7 +6,6 @@ VQ-VAE's codes (van den Oord et al. 2017) an autoregressive one.
 B batch, C channels of an image, L channels of its code, S space, T codes of an image (product of S).
 """
 
-import json
 import math
 import shutil
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from handmill.disk import write_text
+from handmill.disk import sealed, write_text
 from handmill.errors import UserError
 from handmill.media import pixels
 
@@ -136,4 +135,4 @@ def _save_model(model: Any, folder: Path) -> None:
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(model.path / name, folder / name)
-    write_text(folder / "receipt.json", json.dumps(model.receipt | {"files": files}, indent=1) + "\n")
+    write_text(folder / "receipt.json", sealed(model.receipt | {"files": files}))

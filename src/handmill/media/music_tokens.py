@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from handmill.disk import write_text
+from handmill.disk import parsed, write_text
 from handmill.errors import UserError
 from handmill.media.scores import (
     DRUMS,
@@ -509,11 +509,11 @@ def load(settings: Any, folder: Path) -> Frames | Events:
     """
     file = folder / "tokenizer.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parsed(file.read_text(encoding="utf-8"))
         codec = _checked(content)
     except FileNotFoundError:
         raise UserError(f"{file} is missing: copy the folder again from where it was made") from None
-    except (OSError, ValueError, RecursionError, UserError) as error:
+    except (OSError, ValueError, UserError) as error:
         raise UserError(f"{file} is no description of music tokens ({error}): "
                         "copy the folder again from where it was made") from None
     if settings is not None and settings != codec.settings:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from handmill.disk import write_text
+from handmill.disk import parsed, write_text
 from handmill.errors import UserError
 
 FORMAT = "handmill-pixels/1"
@@ -61,7 +61,7 @@ def load(folder: Path, form: str) -> dict[str, Any]:
     """The description of a codec over images, its shape and classes checked. Raises UserError."""
     file = folder / "codec.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parsed(file.read_text(encoding="utf-8"))
         sound = content["format"] == form and all(type(n) is int and 0 < n < 1 << 16 for n in content["shape"])
         sound = sound and len(content["shape"]) == 3 and all(isinstance(name, str) for name in content["classes"])
     except (OSError, ValueError, KeyError, TypeError):

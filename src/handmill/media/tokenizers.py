@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from handmill.disk import parsed
 from handmill.errors import UserError
 from handmill.recipe import positive
 
@@ -164,7 +165,7 @@ def load(settings: Any, folder: Path) -> Tokenizer:
     """
     file = folder / "tokenizer.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parsed(file.read_text(encoding="utf-8"))
         kind, alphabet, merges = _checked(content)
         special = _checked_special(content)
     except FileNotFoundError:

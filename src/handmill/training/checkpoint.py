@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from handmill.disk import fingerprint, flush
+from handmill.disk import fingerprint, flush, parsed
 from handmill.errors import UserError
 
 Tensors = dict[str, Tensor]
@@ -100,7 +100,7 @@ def newest_facts(folder: Path) -> dict[str, Any] | None:
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
+        manifest = parsed((path / "MANIFEST.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"its MANIFEST.json cannot be read ({error})"
     if not isinstance(manifest, dict) or "facts.json" not in manifest:
@@ -150,7 +150,7 @@ def _seal(staged: Path) -> None:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((path / "facts.json").read_text(encoding="utf-8"))
+    facts: dict[str, Any] = parsed((path / "facts.json").read_text(encoding="utf-8"))
     return facts
 
 

@@ -1,6 +1,5 @@
 """The loss curve of a run as a picture, drawn from metrics.jsonl."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
+
+from handmill.disk import parsed
 
 _TRAIN, _VALIDATION, _QUIET = "#2f6f9f", "#d1622b", "#8a8f98"
 _SHADES = (_TRAIN, _VALIDATION, "#5a8f4f", "#8a5a9f", "#b08a2f")
@@ -52,7 +53,7 @@ def read(metrics: Path) -> list[dict[str, Any]]:
     text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
     for line in text.splitlines():
         try:
-            row = json.loads(line)
+            row = parsed(line)
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
