@@ -38,7 +38,7 @@ def test_the_packed_folder(tmp_path: Path, folder: Path, codec: object) -> None:
     assert packed.folder.parent == tmp_path / "cache"
     assert packed.folder.name == packed.fingerprint
     names = sorted(p.relative_to(packed.folder).as_posix() for p in packed.folder.rglob("*") if p.is_file())
-    assert names == sorted(["data.json", "manifest.json", "report.json", "codec/tokenizer.json"] + [
+    assert names == sorted(["data.json", "hashes.json", "manifest.json", "report.json", "codec/tokenizer.json"] + [
         f"{split}.{end}" for split in ("train", "validation", "test") for end in ("tokens", "starts.npy")])
     tokenizer = packed.codec()
     for split in ("train", "validation", "test"):

@@ -243,6 +243,9 @@ def test_missing_swapped_and_added_files(copy: Path) -> None:
             count += 1
     (newest / "more.safetensors").write_bytes(content)
     assert loaded(copy)[0] == 4
+    shutil.copytree(before, before.with_name("step-12"))
+    assert [sentence.partition(": ")[2] for sentence in loaded(copy)[1]] == [
+        "it is of another step", "more.safetensors does not belong to it"]
     harness.tell("a missing or swapped file in the newest checkpoint", "gpt, each file: gone, the older checkpoint's, "
                  "its neighbour's", f"{count} of {count} found; the one before is taken, one line says so")
 

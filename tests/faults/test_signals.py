@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import time
 from functools import cache
 from pathlib import Path
@@ -67,17 +68,19 @@ def stopped_and_resumed(name: str, home: Path, numbers: list[int], chance: rando
 
 
 def test_a_run_that_is_asked_to_stop(home: Path) -> None:
-    assert stopped_and_resumed("lstm", home, [signal.SIGTERM, signal.SIGINT], random.Random(1)) < SECONDS
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    assert stopped_and_resumed("lstm", home, numbers, random.Random(1)) < SECONDS
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", FAMILIES)
 def test_runs_that_are_asked_to_stop(name: str, home: Path) -> None:
     chance = random.Random(name)
-    longest = max(stopped_and_resumed(name, home, [signal.SIGTERM, signal.SIGINT] * 2, chance) for _ in range(3))
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTERM]
+    longest = max(stopped_and_resumed(name, home, numbers, chance) for _ in range(3))
     assert longest < SECONDS
-    harness.tell("SIGTERM and Ctrl-C at a random step", name, "12 times: that step finished and saved, status 0 after "
-                 f"at most {longest:.1f} s, gone on with to bit-equal weights")
+    harness.tell("SIGTERM, Ctrl-C and SIGHUP at a random step", name, "12 times: that step finished and saved, status "
+                 f"0 after at most {longest:.2f} s, gone on with to bit-equal weights")
 
 
 def test_a_second_signal_ends_the_run_at_once(home: Path) -> None:
@@ -103,3 +106,18 @@ def test_a_second_signal_ends_the_run_at_once(home: Path) -> None:
     assert newest["step"] == 1
     harness.tell("a second SIGTERM", f"gpt, in a step of {usual:.1f} s", f"gone after {seconds:.2f} s with status 143; "
                  "the checkpoint before is intact")
+
+
+def test_a_terminal_that_is_closed(home: Path) -> None:
+    """Without the signal, as in a session of its own: nothing can be written to it any more, and training goes on."""
+    out = home / "runs" / "closed"
+    ours, its = os.openpty()
+    process = subprocess.Popen(harness.words("lstm", home, out), stdin=its, stdout=its, stderr=its,
+                               env=harness.environment(), start_new_session=True)
+    os.close(its)
+    while b"parameters" not in os.read(ours, 4096):
+        pass
+    os.close(ours)
+    assert process.wait(timeout=300) == 0
+    assert harness.hashes(out) == undisturbed("lstm", home)
+    harness.tell("the terminal is closed", "lstm, in a session of its own", "training goes on to its end in silence")

@@ -332,7 +332,8 @@ def entries_of(archive: zipfile.ZipFile, source: Source, notes: Notes) -> dict[s
     entries: dict[str, zipfile.ZipInfo] = {}
     for entry in archive.infolist():
         parts = entry.filename.split("/")
-        if entry.is_dir() or any(part.startswith((".", "__MACOSX")) and part not in (".", "..") for part in parts):
+        hidden = any(part.startswith((".", "__MACOSX")) and part not in (".", "..") for part in parts)
+        if hidden or entry.filename.endswith("/"):  # a name may be empty, which ZipInfo.is_dir breaks on
             continue
         if parts[0] == "" or ".." in parts:
             notes.leave_out(source, Refused("damaged", "its name leads out of the archive: leave it out"),

@@ -5,8 +5,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from handmill.disk import parsed
+from handmill.disk import fingerprint, parsed
 from handmill.errors import UserError
+
+HASHES = "hashes.json"  # of a prepared folder: sizes and checksums of all files but the tables beside it
 
 
 class Prepared:
@@ -32,6 +34,13 @@ class Prepared:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         return read_json(self.folder / "manifest.json")
+
+    @cached_property
+    def content(self) -> str:
+        """A fingerprint of the prepared items alone: the same where files were only copied, touched or renamed."""
+        if not (self.folder / HASHES).exists():
+            return self.fingerprint
+        return str(fingerprint(self.folder / HASHES)["sha256"])[:16]
 
     @classmethod
     def whole(cls, folder: Path) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from handmill.disk import flush
+from handmill.data.prepared import HASHES, write_json
+from handmill.disk import fingerprint, flush
 from handmill.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -26,6 +27,8 @@ def staged(folder: Path, whole: Callable[[Path], bool], room: str) -> Iterator[P
         _sweep(folder.parent)
         work.mkdir()
         yield work
+        write_json(work / HASHES, {file.relative_to(work).as_posix(): fingerprint(file) for file in sorted(
+            work.rglob("*")) if file.is_file() and not (file.parent == work and file.suffix == ".json")})
         for path in [*work.rglob("*"), work]:
             flush(path)
         if not whole(folder):

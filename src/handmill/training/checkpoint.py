@@ -115,14 +115,16 @@ def verify(path: Path) -> str | None:
         if found != expected:
             return f"{name} is not as it was written"
     extra = {p.name for p in path.iterdir()} - set(manifest) - {"MANIFEST.json"}
-    return f"{sorted(extra)[0]} does not belong to it" if extra else None
+    if extra:
+        return f"{sorted(extra)[0]} does not belong to it"
+    return None if path.name.split(".")[0] == f"step-{_facts(path).get('step')}" else "it is of another step"
 
 
 def clear_leftovers(folder: Path) -> None:
     """Remove what interrupted saves left behind; a checkpoint that only lacked its name gets it."""
     for path in folder.glob("step-*.tmp"):
         final = path.with_suffix("")
-        if verify(path) is None and _facts(path).get("step") == int(final.name[5:]):
+        if verify(path) is None:
             _drop(final)
             os.rename(path, final)
             flush(folder)

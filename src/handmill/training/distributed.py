@@ -17,7 +17,7 @@ from torch import distributed as dist
 from handmill.errors import UserError
 
 PIECE = 64 << 20  # bytes that are sent at once, about
-SLACK = 10.0  # seconds after which the engine gives up, too, so that the watch can name the process that hangs
+SLACK = 2.0  # seconds after which the engine gives up, too, so that the watch can name the process that hangs
 _watch: Any = None  # over the processes, while there are some
 
 

@@ -7,8 +7,8 @@ to one that never stopped; a loss or gradient that is not finite never reaches a
 
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from handmill.training.precision import HalfPrecision, free_threads
 
 SKIPS = 3  # batches in a row that may be skipped before the run goes back to its last checkpoint
 RETURNS = 3  # times a run may go back
+HANGUP = getattr(signal, "SIGHUP", None)  # of a terminal that closes; Windows has none
 SAMPLE_SHARE = 20  # a sample is followed by at least this many times its own duration of training
 
 
@@ -138,8 +139,9 @@ class Run:
     """One run of the loop: `Run(...).train()`."""
 
     def __init__(self, task: Task, training: Training, seed: int, folder: Path, device: torch.device, monitor: Monitor,
-                 choices: Choices, peak: float = 0.0) -> None:
+                 choices: Choices, peak: float = 0.0, made_of: Mapping[str, str] | None = None) -> None:
         self.task, self.training, self.seed = task, training, seed
+        self.made_of = dict(made_of or {})  # what it learns from -> its fingerprint, for who goes on with the run
         self.folder, self.device, self.monitor = folder / "checkpoints", device, monitor
         self.choices, self.peak = choices, peak
         self.progress = Progress()
@@ -379,7 +381,8 @@ class Run:
             if mine:
                 whole = -(-self.training.batch // distributed.world())
                 choices = replace(self.choices, micro_batch=self.choices.micro_batch or whole)
-                facts = {"progress": asdict(self.progress), "choices": asdict(choices), "seed": self.seed}
+                facts = {"progress": asdict(self.progress), "choices": asdict(choices), "seed": self.seed,
+                         "made_of": self.made_of}
                 kept = self.progress.best_step if self.task.judge else None
                 checkpoint.save(self.folder, self.progress.step, parts, facts, self.training.keep, kept)
         self.progress.seconds["save"] += time.perf_counter() - start
@@ -531,17 +534,21 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
 
 @contextmanager
 def stop_signals(run: Run) -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the run after the step at hand, saved; a second one ends it at once."""
+    """SIGTERM, Ctrl-C and a terminal that closes end the run after the step at hand, saved; a second one at once."""
     def stop(number: int, frame: Any) -> None:
-        if run.asked:
+        if run.asked and number != HANGUP:
             raise SystemExit(128 + number)
+        if run.asked:  # a terminal that closes may say so more than once
+            return
         run.asked, run.ended = True, distributed.world() == 1
-        run.monitor.say("stopping: this step is finished and saved first (once more: stop at once)")
+        with suppress(RuntimeError):  # the signal came in the midst of another line
+            run.monitor.say("stopping: this step is finished and saved first (once more: stop at once)")
 
     previous = {}
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, stop)
+        for number in (signal.SIGTERM, signal.SIGINT, HANGUP):
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                previous[number] = signal.signal(number, stop)
     except ValueError:  # not the main thread: signals are the caller's
         pass
     try:

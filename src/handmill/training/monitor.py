@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from handmill.disk import parsed
+from handmill.disk import parsed, write_text
 
 EVERY = 0.5  # seconds between refreshes of the live line
 
@@ -43,30 +43,34 @@ class Monitor:
         self.refreshed = time.monotonic()
         if terminal:
             text = text[: shutil.get_terminal_size().columns - 1]
-            self.screen.write("\r" + text.ljust(self.width))
+            self._show("\r" + text.ljust(self.width))
             self.width = len(text)
         else:
-            self.screen.write(text + "\n")
-        self.screen.flush()
-        if self.file is not None:
-            self.file.flush()
+            self._show(text + "\n")
+        self.flush()
 
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.quiet:
             return
-        if self.width:
-            self.screen.write("\r" + " " * self.width + "\r")
-            self.width = 0
-        self.screen.write(text + "\n")
-        self.screen.flush()
+        wiped = "\r" + " " * self.width + "\r" if self.width else ""
+        self.width = 0
+        self._show(wiped + text + "\n")
 
     def close(self) -> None:
         if self.width and not self.quiet:
-            self.screen.write("\n")
+            self._show("\n")
             self.width = 0
         if self.file is not None:
             self.file.close()
+
+    def _show(self, text: str) -> None:
+        """Put text on the screen; once that is gone (a terminal that was closed) training goes on without."""
+        try:
+            self.screen.write(text)
+            self.screen.flush()
+        except OSError:
+            self.quiet = True
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -80,7 +84,7 @@ def keep_until(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from handmill import families, media
 from handmill import folder as folders
 from handmill import recipe as recipes
+from handmill.disk import alone
 from handmill.errors import UserError
 from handmill.recipe import Recipe
 from handmill.training import checkpoint, distributed, plan
@@ -34,19 +36,23 @@ def train(recipe: Recipe | Path | str, out: Path | str | None = None, overrides:
     """
     started = time.perf_counter()
     recipe, out = begin(recipe, out, overrides)
-    with distributed.session() as device:
-        return _train(recipe, out, device, quiet or distributed.rank() > 0, started)
+    with distributed.session() as device, ExitStack() as held:
+        return _train(recipe, out, device, quiet or distributed.rank() > 0, started, held)
 
 
-def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started: float) -> Path:
+def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started: float, held: ExitStack) -> Path:
     with distributed.first() as mine:
         if mine:
-            claim(out, recipe)
+            claim(out, recipe, held)
             prepared = media.prepare(recipe, out.parent / ".prepared", progress=not quiet)
     if distributed.rank() > 0:
         prepared = media.prepare(recipe, out.parent / ".prepared", progress=False)
     network, codec, task = assemble(recipe, prepared, device, out)
-    saved = checkpoint.newest_facts(out / "checkpoints")
+    saved, made_of = checkpoint.newest_facts(out / "checkpoints"), sources(prepared, codec)
+    if saved and saved["made_of"] != made_of:
+        changed = sorted(key for key in made_of if saved["made_of"].get(key) != made_of[key])
+        raise UserError(f"the {' and the '.join(changed)} changed since the run in {out} began: put it back as it was, "
+                        "choose another folder with --out, or delete this one to begin again")
     choices = Choices(**saved["choices"]) if saved else None
     torch.set_num_threads(choices.threads if choices else free_threads())
     made = plan.make(recipe, network, task, device, out, choices) if distributed.rank() == 0 else None
@@ -61,7 +67,7 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
             monitor.say(f"threads       {planned.choices.threads} of {os.cpu_count()}: other programs are busy, or "
                         "OMP_NUM_THREADS says so")
         setup = time.perf_counter() - started
-        run = Run(task, recipe.training, recipe.seed, out, device, monitor, planned.choices, peak)
+        run = Run(task, recipe.training, recipe.seed, out, device, monitor, planned.choices, peak, made_of)
         if run.resume():
             monitor.say(f"going on from step {run.progress.step}")
         progress = run.train()
@@ -69,19 +75,32 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
         monitor.close()
     if progress.step < recipe.training.steps and not progress.stopped:
         if not quiet:
-            print(f"stopped at step {progress.step}; the same command goes on from there")
+            tell(f"stopped at step {progress.step}; the same command goes on from there")
         raise SystemExit(0)
     with distributed.first() as mine:
         if mine:
             facts = summary(recipe, network, task, progress, planned, setup, prepared)
             finish(out, recipe, network, run, codec, prepared, facts)
             if not quiet:
-                print("\n".join(closing(out, task, facts)))
+                tell("\n".join(closing(out, task, facts)))
     return out
 
 
-def claim(out: Path, recipe: Recipe) -> None:
-    """Make sure, before anything is trained, that `out` can be written and belongs to this recipe."""
+def tell(text: str) -> None:
+    """Print; that nobody reads any more, as the terminal was closed, is no fault of a run that is saved."""
+    with suppress(OSError):
+        print(text, flush=True)
+
+
+def sources(prepared: Any, codec: Any) -> dict[str, str]:
+    """What a run learns from -> its fingerprint: a run cannot go on with anything else."""
+    trained = getattr(codec, "model", None)
+    weights = {"codec": trained.receipt["files"]["weights.safetensors"]["sha256"]} if trained is not None else {}
+    return {"data": prepared.content, **weights}
+
+
+def claim(out: Path, recipe: Recipe, held: ExitStack) -> None:
+    """Make sure, before anything is trained, that `out` can be written, belongs to this recipe and to this process."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
@@ -89,6 +108,9 @@ def claim(out: Path, recipe: Recipe) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder with --out") from None
+    if not held.enter_context(alone(out)):
+        raise UserError(f"another process is training into {out}: wait for it, stop it, or choose another folder with "
+                        "--out")
     kept = out / "recipe.toml"
     if kept.exists() and checkpoint.checkpoints(out / "checkpoints"):
         before, now = recipes.read(kept).table(), recipe.table()
