@@ -7,10 +7,39 @@ from pathlib import Path
 
 HEAD = """# Faults
 
-What was done to real runs of every family, and what came of it. `make faults` does it all again and writes this page;
-`make test` does a part of each. The runs are the shipped recipes made tiny (tests/faults/harness.py): with dropout,
-schedules, averaged weights, gradient accumulation, two optimizers and carried state. A hash covers every tensor of the
-newest checkpoint and of the model folder's weights.
+What a run survives, how, and what was done to real runs of every family to see it.
+
+## How it is done
+
+- **One rule after every fault: run the same command again.** It goes on from the newest checkpoint that is whole and
+  ends with the bits that the undisturbed run ends with. All randomness is a function of (seed, position), so that a
+  checkpoint holds no random state: weights, optimizer states, averages, carried state, and the step are enough.
+- **A checkpoint is whole or not there** ([checkpoint.py](../src/handmill/training/checkpoint.py)): written beside its
+  place, flushed, sealed with the SHA-256 of every file, renamed. Loading checks every byte; what is not as it was
+  written is passed over with a line that names the file, and the one before is taken (`training.keep` of them stay).
+- **A model folder is sealed too**: its receipt vouches for every file, and for itself. Nothing in a folder or archive
+  from elsewhere is trusted: no pickle is opened, no link followed, no path leads out, no size is believed.
+- **What can be known is said before training**: disk, memory, permissions, a folder that another process trains into,
+  data that changed since the run began.
+- **Numbers that are not finite never reach the weights**: the batch is skipped and named with its step and process;
+  after three in a row the run goes back to the last checkpoint and on past that data.
+- **Processes watch each other** ([watch.py](../src/handmill/training/watch.py)): where one dies or keeps the others
+  waiting for longer than `HANDMILL_TIMEOUT` seconds (600 unless set), all end with one sentence, and
+  `torchrun --standalone --nproc-per-node=2 --max-restarts=3 -m handmill train my.toml` starts them again.
+- SIGTERM, Ctrl-C and a terminal that closes end a run after the step at hand, saved; a second signal ends it at once.
+
+## What is not shown here
+
+A power cut (files and folders are flushed in order, and no test pulled a plug); several machines, and NCCL, which
+needs GPUs: all processes below are of one machine and talk through gloo; a network disk; a GPU's own errors; Windows.
+Prepared data are checked by their size, not by their content, when a run begins. No experiment tracker is part of
+training, so none can stop it.
+
+## What was done
+
+`make faults` does all of it again and writes this page; `make test` does a part of each. The runs are the shipped
+recipes made tiny (tests/faults/harness.py): with dropout, schedules, averaged weights, gradient accumulation, two
+optimizers and carried state. A hash covers every tensor of the newest checkpoint and of the model folder's weights.
 """
 
 

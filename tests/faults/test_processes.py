@@ -17,6 +17,7 @@ from ranks import Fault
 
 SHORT = ("training.steps=16", "training.evaluate_every=8")  # saved every 4 steps
 EXACT = (*SHORT, "training.optimizer='adamw'", "training.learning_rate=0.003", "training.micro_batch=0")
+SPLIT = ("training.shard=true",)
 CALM = {  # nothing drawn at random in a pass, as that differs with the number of processes
     "gpt": (*EXACT, "network.dropout=0.0", "network.start='gpt2'"),
     "lstm": (*EXACT, *(f"network.{part}=0.0" for part in (
@@ -147,9 +148,9 @@ def test_more_processes_than_a_batch_has_elements(home: Path) -> None:
 
 # other numbers of processes
 
-def resized(name: str, home: Path, notes: Path) -> None:
+def resized(name: str, home: Path, notes: Path, *more: str) -> None:
     """Two processes, one, two: each is told to stop by a signal to one of its processes, at another step."""
-    words = command(name, home, notes, *CALM[name])
+    words = command(name, home, notes, *CALM[name], *more)
     for world, fault in ((2, Fault("SIGTERM", 1, (5,))), (1, Fault("SIGTERM", 0, (9,))), (2, Fault())):
         (notes / "struck").unlink(missing_ok=True)
         codes = ranks.finish(ranks.forked(words, notes, fault, world))
@@ -177,6 +178,17 @@ def test_another_number_of_processes(name: str, home: Path) -> None:
                  f"the places of every batch in the same order; losses within {apart:.0e} of one process, relative")
 
 
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.faults) for name in CALM])
+def test_another_number_of_processes_that_split_the_network(name: str, home: Path) -> None:
+    """By fully_shard; one process alone keeps everything."""
+    notes = home / f"{name}-split"
+    resized(name, home, notes, *SPLIT)
+    apart = deviation(name, home, notes)
+    assert apart < 1e-5
+    harness.tell("2 processes that split the network (training.shard), then 1, then 2", name,
+                 f"the checkpoints of either load in the other; losses within {apart:.0e} of one process, relative")
+
+
 # under torchrun, which starts them again
 
 @pytest.mark.faults
@@ -187,25 +199,31 @@ def test_a_killed_rank_is_started_again(name: str, rank: int, home: Path) -> Non
 
 
 @pytest.mark.faults
+def test_a_killed_rank_that_held_a_part_is_started_again(home: Path) -> None:
+    recovered("gpt", home, Fault("SIGKILL", 1, (9,)), 0.0, *SHORT, *SPLIT)
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", ["SIGSTOP", "stall"])
 def test_a_rank_that_hangs_is_started_again(kind: str, home: Path) -> None:
     recovered("gpt", home, Fault(kind, 1, (9,)), 20.0)
 
 
-def recovered(name: str, home: Path, fault: Fault, waits: float) -> None:
+def recovered(name: str, home: Path, fault: Fault, waits: float, *more: str) -> None:
     """Killed or cut after `waits` seconds, and gone on with by torchrun alone to the same tensors."""
-    notes = home / f"{name}-{fault.kind}-{fault.rank}-torchrun"
+    notes = home / f"{name}-{fault.kind}-{fault.rank}-{len(more)}-torchrun"
     start = time.time()
-    seconds = lost(notes, ranks.torchrun(command(name, home, notes), notes, fault, HANDMILL_TIMEOUT=str(waits or 600)))
+    process = ranks.torchrun(command(name, home, notes, *more), notes, fault, HANDMILL_TIMEOUT=str(waits or 600))
+    seconds = lost(notes, process)
     cold = ranks.steps(notes, 0)[0]["time"] - start
-    assert harness.hashes(notes / "run") == harness.hashes(straight(name, home) / "run")
+    assert harness.hashes(notes / "run") == harness.hashes(straight(name, home, 2, *more) / "run")
     assert "torchrun starts all of them again, from the last checkpoint" in said(notes)
     again = seconds - waits
-    assert again < 2 * cold + (10 if fault.kind == "stall" else 0)  # the engine's own timeout is 10 s later
+    assert again < 2 * cold
     cut = f", cut after {waits:.0f} s" if waits else ""
     harness.tell({"SIGKILL": "a process is killed", "SIGSTOP": "a process hangs (SIGSTOP)",
                   "stall": "a process hangs, but for its watch"}[fault.kind],
-                 f"{name}, rank {fault.rank} of 2, torchrun",
+                 f"{name}, rank {fault.rank} of 2{', which split the network' if more else ''}, torchrun",
                  f"started again by itself{cut}: the next step {again:.1f} s later (a cold start: {cold:.1f} s); "
                  "bit-equal weights")
 

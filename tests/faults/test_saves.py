@@ -6,8 +6,9 @@ import random
 import shutil
 import statistics
 import time
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import harness
 import pytest
 import torch
 from harness import FAMILIES
+from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as distributed
 
 from handmill import folder
 from handmill.errors import UserError
@@ -207,6 +210,47 @@ def test_flipped_bits_in_a_checkpoint(copy: Path) -> None:
     harness.tell("a flipped bit in the newest checkpoint", f"gpt, {len(list(newest.iterdir()))} files, headers and "
                  "tensors", f"{count} of {count} found, and each of the {every} bits of MANIFEST.json; the one before "
                  "is taken, one line says so")
+
+
+@pytest.mark.faults
+def test_what_others_load_of_a_flipped_bit(tmp_path: Path) -> None:
+    """The same 200 flips in files of the same numbers: ours are all refused; how many others load is only told."""
+    tensors, silent = {"w": torch.randn(50_000, generator=torch.Generator().manual_seed(1))}, {}
+    torch.save(tensors, tmp_path / "a.pt")
+    save_file(tensors, tmp_path / "a.safetensors")
+    with warnings.catch_warnings(action="ignore"):  # of processes, as there is one
+        distributed.save(tensors, checkpoint_id=tmp_path / "parts", no_dist=True)
+    checkpoint.save(tmp_path / "ours", 1, {"network": tensors}, {}, keep=1)
+
+    def parts() -> dict[str, torch.Tensor]:
+        found = {"w": torch.zeros(50_000)}
+        distributed.load(found, checkpoint_id=tmp_path / "parts", no_dist=True)
+        return found
+
+    def ours() -> dict[str, torch.Tensor]:
+        found = checkpoint.load(tmp_path / "ours")
+        assert found is not None
+        return found[0]["network"]
+
+    for name, file, load in (
+            ("torch.load", tmp_path / "a.pt", lambda: torch.load(tmp_path / "a.pt")),
+            ("safetensors", tmp_path / "a.safetensors", lambda: load_file(tmp_path / "a.safetensors")),
+            ("torch.distributed.checkpoint", next((tmp_path / "parts").glob("*.distcp")), parts),
+            ("Handmill", tmp_path / "ours" / "step-1" / "network.safetensors", ours)):
+        chance = random.Random(1)
+        silent[name] = sum(wrong(load, tensors["w"], file, chance.randrange(bits(file))) for _ in range(200))
+    assert silent["Handmill"] == 0
+    harness.tell("a flipped bit in a file of 50,000 numbers, loaded silently and wrongly", "200 flips each",
+                 ", ".join(f"{name} {count}" for name, count in silent.items()))
+
+
+def wrong(load: Callable[[], dict[str, torch.Tensor]], expected: torch.Tensor, file: Path, bit: int) -> bool:
+    """Whether other numbers are loaded, without a word, from a file with one bit flipped."""
+    with flipped(file, bit), warnings.catch_warnings(action="ignore"):
+        try:
+            return not torch.equal(load()["w"], expected)
+        except (Exception, distributed.CheckpointException):  # which is no Exception
+            return False
 
 
 @pytest.mark.parametrize("percents", [(0, 1, 50, 99),
