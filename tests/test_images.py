@@ -164,7 +164,8 @@ def test_what_is_written_is_what_was_given(tmp_path: Path) -> None:
     kept = images.held_out_files()
     assert all((images.folder / name).is_file() for name in kept)
     assert not any(name.startswith("train") for name in kept)
-    assert {path.name for path in images.folder.iterdir()} - {*kept} == {"train.npy", "train.labels.npy", "train.json"}
+    assert {path.name for path in images.folder.iterdir()} - {*kept} == {
+        "train.npy", "train.labels.npy", "train.json", "hashes.json"}
 
 
 def test_cache_is_used_again_and_knows_what_matters(tmp_path: Path) -> None:

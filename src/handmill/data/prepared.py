@@ -8,7 +8,8 @@ from typing import Any, Self
 from handmill.disk import fingerprint, parsed
 from handmill.errors import UserError
 
-HASHES = "hashes.json"  # of a prepared folder: sizes and checksums of all files but the tables beside it
+TABLES = ("data.json", "report.json", "manifest.json")  # of a prepared folder; they tell of times
+HASHES = "hashes.json"  # sizes and checksums of all its other files
 
 
 class Prepared:
@@ -37,7 +38,7 @@ class Prepared:
 
     @cached_property
     def content(self) -> str:
-        """A fingerprint of the prepared items alone: the same where files were only copied, touched or renamed."""
+        """A fingerprint of the prepared items alone: the same where their files were only copied or touched."""
         if not (self.folder / HASHES).exists():
             return self.fingerprint
         return str(fingerprint(self.folder / HASHES)["sha256"])[:16]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from handmill.data.prepared import HASHES, write_json
+from handmill.data.prepared import HASHES, TABLES, write_json
 from handmill.disk import fingerprint, flush
 from handmill.errors import UserError
 
@@ -28,7 +28,7 @@ def staged(folder: Path, whole: Callable[[Path], bool], room: str) -> Iterator[P
         work.mkdir()
         yield work
         write_json(work / HASHES, {file.relative_to(work).as_posix(): fingerprint(file) for file in sorted(
-            work.rglob("*")) if file.is_file() and not (file.parent == work and file.suffix == ".json")})
+            work.rglob("*")) if file.is_file() and file.name not in TABLES})
         for path in [*work.rglob("*"), work]:
             flush(path)
         if not whole(folder):
