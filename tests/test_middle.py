@@ -1,5 +1,6 @@
 """Fill in the middle: no character is lost wherever a text is cut, windows keep their length, nothing keeps a state."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -115,16 +116,20 @@ def test_the_share_is_that_asked_for(kind: str, rate: float) -> None:
         assert np.array_equal(before, after)
 
 
-def test_the_cuts_are_uniform_over_places() -> None:
+def test_middles_are_as_likely_of_a_line_as_of_a_page_and_lie_anywhere() -> None:
     codec = tokenizers.train(ByteSettings(special=NAMES), [])
     text = torch.from_numpy(codec.pack(["abcdefghi"]).astype(np.int64))
     rows = torch.cat((text, text, text[:1])).repeat(4000, 1)  # the first document is whole
     made = Middle(codec, 3, 1.0)(rows, np.arange(4000)).numpy()
     prefix, suffix, middle = (np.argmax(made == mark, 1) for mark in marks(codec))
-    pairs = np.stack((suffix - prefix - 1, 9 - (middle - suffix - 1)), 1)  # the two cuts
-    assert (pairs[:, 0] <= pairs[:, 1]).all()
-    both = np.bincount(pairs.ravel(), minlength=10) / 8000
-    assert abs(both - 0.1).max() < 0.02
+    begin, end = suffix - prefix - 1, 9 - (middle - suffix - 1)  # the two cuts
+    lengths = np.bincount(end - begin, minlength=10) / 4000
+    wanted = np.array([0, *(math.log10((n + 1) / n) for n in range(1, 10))])  # of a whole part: P(n) = log10(1 + 1/n)
+    assert abs(lengths - wanted).max() < 0.02
+    for length in (1, 2, 4):
+        places = begin[end - begin == length]
+        shares = np.bincount(places, minlength=10 - length) / len(places)
+        assert abs(shares - 1 / (10 - length)).max() < 0.06
 
 
 def test_what_becomes_of_a_window_depends_on_seed_and_place_alone() -> None:

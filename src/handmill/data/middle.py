@@ -1,7 +1,7 @@
 """Fill in the middle: some texts are learnt with their middle last (Bavarian et al. 2022).
 
-Two cuts, each equally likely at every place between two characters, make a text into prefix, middle and suffix, which
-stand in one of the paper's two orders (of "suffix first" its second variant, in which the middle follows the prefix):
+Two cuts between characters make a text into prefix, middle and suffix, which stand in one of the paper's two orders (of
+"suffix first" its second variant, in which the middle follows the prefix):
 
     <prefix> prefix <suffix> suffix <middle> middle
     <prefix> <suffix> suffix <middle> prefix middle
@@ -9,6 +9,10 @@ stand in one of the paper's two orders (of "suffix first" its second variant, in
 It is done to training windows, not to whole documents, for a window would hold the prefix of a long one and seldom its
 middle: the paper finds this context-level form the better. Cuts fall on characters, so that a prompt may stop within a
 word, and the three parts are encoded apart, as sampling encodes them. Held-out text stays in its own order.
+
+The middle's length is drawn evenly on a logarithmic scale, from a character to the whole text, and its place evenly.
+The paper draws both cuts evenly, which makes most middles a third of the window: a model that seldom sees one end
+writes on where a line was asked for.
 
 The middle ends with `end`: that of the next document, or one put at the window's close. `end` stands in front only
 where the document begins. The marks need room, which a window takes from the text that would outgrow it: from the end
@@ -95,12 +99,19 @@ class Middle:
         characters = b"".join([self.codec.token_bytes[token] for token in text.tolist()]).decode("utf-8", "ignore")
         if not characters:
             return text
-        a, b = sorted(int(x * (len(characters) + 1)) for x in chance[2:].tolist())
+        a, b = cuts(len(characters), *chance[2:].tolist())
         parts = Parts(*encoded(self.codec, (characters[:a], characters[a:b], characters[b:])))
         short = shortened(parts, sum(map(len, parts)) + len(self.marks) + 1 - room)
         if short is None:
             return text
         return np.append(arranged(short, self.marks, bool(chance[1] < self.suffix_first)), self.codec.end)
+
+
+def cuts(length: int, scale: float, place: float) -> tuple[int, int]:
+    """Where the middle of a text of `length` characters begins and ends, for two numbers drawn evenly from [0, 1)."""
+    inside = min(length, int((length + 1) ** scale))
+    before = int(place * (length - inside + 1))
+    return before, before + inside
 
 
 def encoded(codec: Tokenizer, texts: Sequence[str]) -> list[Ids]:
