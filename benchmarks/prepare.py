@@ -105,8 +105,9 @@ def make(folder: Path, megabytes: float, seed: int = 1) -> dict[str, int]:
 def child(folder: str, cache: str, codec: str) -> None:
     """Prepare, and print seconds, bytes, peak memory and duplicates found as JSON."""
     began = time.perf_counter()
+    from handmill.data.text_prepare import prepare
     from handmill.media import tokenizers
-    from handmill.media.text import Data, prepare
+    from handmill.media.text import Data
     from handmill.recipe import Recipe, Training
 
     settings = {"bpe": tokenizers.BPESettings, "character": tokenizers.CharacterSettings,

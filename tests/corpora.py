@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from handmill.data.packed import Packed
-from handmill.media.text import Data, prepare
+from handmill.data.text_prepare import prepare
+from handmill.media.text import Data
 from handmill.media.tokenizers import ByteSettings
 from handmill.recipe import Recipe, Training
 

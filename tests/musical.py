@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from handmill import folder, recipe
+from handmill.data.music_prepare import prepare
 from handmill.folder import Model
 from handmill.media import midi
-from handmill.media.music import prepare
 from handmill.media.music_tokens import Events, Frames, FrameSettings
 from handmill.media.scores import from_grid
 from handmill.networks import build

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from handmill.data.image_prepare import prepare
 from handmill.data.images import Images
-from handmill.media.image import Data, prepare
+from handmill.media.image import Data
 from handmill.recipe import Recipe
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "images"

@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from handmill import folder as folders
-from handmill import media
 from handmill import recipe as recipes
+from handmill.data import prepare
 from handmill.networks import build
 from handmill.recipe import Recipe
 from handmill.verbs.setup import fit
@@ -90,7 +90,7 @@ def trained(runs: Path, network: str, images: Path, codec: Path | None = None, *
 def written(path: Path, network: str, images: Path, codec: Path | None = None) -> Path:
     """A model folder of random weights, without training."""
     recipe = recipe_of(network, images, codec)
-    prepared = media.prepare(recipe, path.parent / ".prepared", progress=False)
+    prepared = prepare(recipe, path.parent / ".prepared", progress=False)
     made = fit(recipe, prepared, torch.device("cpu"))
     torch.manual_seed(recipe.seed)
     weights = folders.weights_of(build(recipe.network, made))

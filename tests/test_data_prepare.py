@@ -14,9 +14,9 @@ import pytest
 from corpora import documents, everything, prepared, recipe_of, text
 
 from handmill.data.packed import Packed
-from handmill.data.report import report_lines
+from handmill.data.text_prepare import prepare
+from handmill.data.text_report import report_lines
 from handmill.errors import UserError
-from handmill.media.text import prepare
 from handmill.media.tokenizers import BPESettings, ByteSettings, CharacterSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,7 +214,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, folder: Path, monkeyp
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("handmill.data.prepare.write_split", interrupt)
+    monkeypatch.setattr("handmill.data.text_prepare.write_split", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepared(tmp_path / "cache", folder)
     assert list((tmp_path / "cache").iterdir()) == []

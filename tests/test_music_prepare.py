@@ -24,12 +24,12 @@ from handmill.data.decoding import Refused
 from handmill.data.image_files import Given
 from handmill.data.music import Pieces
 from handmill.data.music_fit import bare, fit, nearest, outer, shape
-from handmill.data.music_prepare import fingerprint
+from handmill.data.music_prepare import fingerprint, prepare
 from handmill.data.splits import NAMES
 from handmill.errors import UserError
 from handmill.media import chorales, midi
 from handmill.media.keys import key_of_score, relative
-from handmill.media.music import Data, prepare
+from handmill.media.music import Data
 from handmill.media.music_tokens import NOTHING, Events, EventSettings, FrameSettings
 from handmill.media.scores import DRUMS, KEYS, MOST_STEPS, Grid, Note, Score, from_grid, to_grid
 

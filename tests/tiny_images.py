@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from handmill import folder, media, recipe
+from handmill import folder, recipe
+from handmill.data import prepare
 from handmill.data.images import Images
 from handmill.data.items import Items
 from handmill.folder import Model
@@ -43,7 +44,7 @@ def write(path: Path, kind: str, sampling: dict[str, Any] | None = None, objecti
     on what the autoencoder "map" makes of them, "prior" a decoder of the codes of "fsq"; all they are made from lies
     beside `path`."""
     made = recipe_of(path.parent, kind, sampling or {}, objective or {}, classes, seed)
-    prepared = media.prepare(made, path.parent / "cache", progress=False)
+    prepared = prepare(made, path.parent / "cache", progress=False)
     codec = _codec(made, prepared)
     torch.manual_seed(seed)
     weights = folder.weights_of(build(made.network, codec))

@@ -23,9 +23,9 @@ from typing import Any
 import shapes
 from safetensors.numpy import load_file
 
-from handmill import media
 from handmill import recipe as recipes
 from handmill.checks import features
+from handmill.data import prepare
 from handmill.training import checkpoint
 from handmill.training.loop import Run
 
@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 SEQUENCES = ("gpt", "transformer-xl", "lstm")
 PRELOADED = ["torch._dynamo", "torch._subclasses.fake_tensor", "torch.distributed._tools.mem_tracker", "psutil",
-             "matplotlib.pyplot", "handmill.cli", "handmill.verbs.train", "handmill.data.prepare",
+             "matplotlib.pyplot", "handmill.cli", "handmill.verbs.train", "handmill.data.text_prepare",
              "handmill.data.image_prepare", "handmill.checks.text", "handmill.checks.image",
              "handmill.families.token_sources", "handmill.families.variational", "handmill.families.competing"]
 
@@ -80,7 +80,7 @@ def words(name: str, folder: Path, out: Path, *overrides: str) -> list[str]:
 
 def _judge(recipe: recipes.Recipe, cache: Path) -> None:
     """The feature network that judges a generator's images, of a hundredth of its training, where there is none yet."""
-    prepared = media.prepare(recipe, cache, progress=False)
+    prepared = prepare(recipe, cache, progress=False)
     home, images, labels = prepared.folder / features.FEATURES, prepared.images("train"), prepared.labels("train")
     if not home.exists():
         few = features.Settings(images=1280, warmup=2)

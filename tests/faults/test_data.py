@@ -24,8 +24,8 @@ import tiny_images
 import zstandard
 from PIL import Image
 
-from handmill import media
 from handmill import recipe as recipes
+from handmill.data import prepare
 from handmill.errors import UserError
 from handmill.media import midi
 from handmill.media.scores import from_grid
@@ -238,7 +238,7 @@ def recipe_of(medium: str, paths: list[str]) -> recipes.Recipe:
 
 
 def prepared(medium: str, folder: Path, cache: Path) -> Any:
-    return media.prepare(recipe_of(medium, [str(folder)]), cache, progress=False)
+    return prepare(recipe_of(medium, [str(folder)]), cache, progress=False)
 
 
 def good(medium: str, folder: Path) -> Path:
@@ -288,7 +288,7 @@ def alone(medium: str, content: bytes, home: Path) -> bool:
 def refused(medium: str, paths: list[Path], cache: Path) -> bool:
     """Whether the preparation ends in a sentence, and not well."""
     try:
-        media.prepare(recipe_of(medium, [*map(str, paths)]), cache, progress=False)
+        prepare(recipe_of(medium, [*map(str, paths)]), cache, progress=False)
     except UserError as error:
         return "\n" not in str(error) or pytest.fail(str(error))
     return False

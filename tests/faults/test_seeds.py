@@ -10,8 +10,8 @@ import torch
 from harness import FAMILIES
 from torch import Tensor
 
-from handmill import media
 from handmill import recipe as recipes
+from handmill.data import prepare
 from handmill.training.loop import Task
 from handmill.verbs.setup import assemble
 
@@ -58,7 +58,7 @@ def task_of(name: str, home: Path, seed: int = 1) -> tuple[Task, int]:
     """The task of a family as the loop gets it, and its batch."""
     words = harness.words(name, home, home / "runs" / "order", f"seed={seed}")
     recipe = recipes.read(words[4], words[5:-2])
-    prepared = media.prepare(recipe, home / "runs" / ".prepared", progress=False)
+    prepared = prepare(recipe, home / "runs" / ".prepared", progress=False)
     return assemble(recipe, prepared, CPU, home / "runs" / "order")[2], recipe.training.batch
 
 

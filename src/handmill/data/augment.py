@@ -7,7 +7,7 @@ B batch, C channels (1 or 3), H height, W width.
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -16,14 +16,12 @@ from torch.nn import functional as F
 
 from handmill.data.noise import uniform
 from handmill.data.order import draw
-
-if TYPE_CHECKING:
-    from handmill.media.image import Data
+from handmill.media.image import Data
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
-def augment(images: Tensor, places: "Tensor | NDArray[Any]", data: "Data", seed: int, training: bool = True) -> Tensor:
+def augment(images: Tensor, places: "Tensor | NDArray[Any]", data: Data, seed: int, training: bool = True) -> Tensor:
     """Images (B, C, H, W) uint8 as the network gets them: float32 in [-1, 1].
 
     `places` (B,) are the items' places in the order of training, or with `training=False` the numbers of held-out
@@ -50,7 +48,7 @@ def augment(images: Tensor, places: "Tensor | NDArray[Any]", data: "Data", seed:
     return x * 2 - 1
 
 
-def _moved(x: Tensor, places: Tensor, data: "Data", seed: int) -> Tensor:
+def _moved(x: Tensor, places: Tensor, data: Data, seed: int) -> Tensor:
     u = uniform(draw(seed, "move"), places, 3)  # (B, 3)
     shifts = torch.floor(u[:, :2] * (2 * data.shift + 1)) - data.shift  # (B, 2) whole pixels
     angles = (2 * u[:, 2] - 1) * math.radians(data.rotation)  # (B,)

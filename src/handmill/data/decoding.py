@@ -15,11 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from handmill.data.sources import Broken
+from handmill.media.image import Data
 
 if TYPE_CHECKING:
     from PIL.Image import Image, Transpose
-
-    from handmill.media.image import Data
 
 Pixels = npt.NDArray[np.uint8]
 Payload = Path | bytes | Pixels  # a file, its bytes, or images already decoded: (N, H, W) or (N, H, W, C)
@@ -49,7 +48,7 @@ class Decoded(NamedTuple):
     digest: str = ""  # sha256 of the file
 
 
-def decode(payload: Payload, data: "Data") -> Decoded:
+def decode(payload: Payload, data: Data) -> Decoded:
     """The images of a payload, fitted to `data.size`. Raises Refused."""
     if isinstance(payload, np.ndarray):
         return _rows(payload, data)
@@ -64,7 +63,7 @@ def decode(payload: Payload, data: "Data") -> Decoded:
         raise _damaged(error) from None
 
 
-def byte_limit(data: "Data") -> int:
+def byte_limit(data: Data) -> int:
     """The most bytes that the file of one image may have: its largest size without compression."""
     return data.largest * _DEEPEST + _HEAD
 
@@ -82,7 +81,7 @@ def read(path: Path, limit: int) -> bytes:
     return content
 
 
-def check_size(height: int, width: int, data: "Data") -> None:
+def check_size(height: int, width: int, data: Data) -> None:
     """Raises Refused for a size outside the limits of the [data] table."""
     if height * width > data.largest:
         raise too_large(f"{width} x {height} pixels, above data.largest = {data.largest:,}")
@@ -100,7 +99,7 @@ def _damaged(error: Exception) -> Refused:
     return Refused("damaged", f"it is damaged or cut short ({said}): copy it again or leave it out")
 
 
-def _decode(content: bytes, data: "Data") -> Decoded:
+def _decode(content: bytes, data: Data) -> Decoded:
     image = _open(content)
     width, height = image.size
     check_size(height, width, data)
@@ -153,7 +152,7 @@ def _turn(image: "Image") -> "Transpose | None":
         return None
 
 
-def _plain(image: "Image", data: "Data") -> tuple["Image", list[str]]:
+def _plain(image: "Image", data: Data) -> tuple["Image", list[str]]:
     """An image as opaque RGB or grey of 8 bits, and what was done to it."""
     remarks = []
     if image.mode.startswith("I"):
@@ -182,7 +181,7 @@ def _composed(image: "Image", background: tuple[int, int, int]) -> "Image":
     return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
 
 
-def _fit(image: "Image", data: "Data") -> "Image":
+def _fit(image: "Image", data: Data) -> "Image":
     """The image in `data.size`: resized by an antialiased bicubic filter and cropped, padded or stretched."""
     from PIL.Image import Resampling
 
@@ -199,7 +198,7 @@ def _fit(image: "Image", data: "Data") -> "Image":
     return image.resize((width, height), Resampling.BICUBIC, box)
 
 
-def _padded(image: "Image", data: "Data") -> "Image":
+def _padded(image: "Image", data: Data) -> "Image":
     from PIL import Image
 
     height, width = data.size
@@ -210,7 +209,7 @@ def _padded(image: "Image", data: "Data") -> "Image":
     return canvas
 
 
-def _rows(rows: Pixels, data: "Data") -> Decoded:
+def _rows(rows: Pixels, data: Data) -> Decoded:
     """Images of an array, (N, H, W) or (N, H, W, C) with C of 1, 3 or 4."""
     from PIL import Image
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,7 @@ from handmill.data.decoding import Payload, Refused, byte_limit, check_size, too
 from handmill.data.sources import Broken, Skipped, Source, printable
 from handmill.disk import parsed
 from handmill.errors import UserError, optional
-
-if TYPE_CHECKING:
-    from handmill.media.image import Data
+from handmill.media.image import Data
 
 DIGITS = "scikit-learn:digits"
 TABLES = ("captions.csv", "metadata.jsonl", "metadata.csv")
@@ -109,7 +107,7 @@ class Table:
                 notes.skipped.record(self.name, row.line, f"{path} is not there: mend the path or remove the line")
 
 
-def find(data: "Data", cache: Path) -> list[Given]:
+def find(data: Data, cache: Path) -> list[Given]:
     """The files under data.test_paths and data.paths, those of the test first, each file once.
 
     Raises UserError for a path that does not exist and a folder or pattern without files.
@@ -137,7 +135,7 @@ def _sources(text: str, key: str, cache: Path) -> list[Source]:
         raise UserError(said) from None
 
 
-def _no_column_without_table(data: "Data", found: list[Given]) -> None:
+def _no_column_without_table(data: Data, found: list[Given]) -> None:
     archived = any(source.path.suffix.lower() == ".zip" for given in found for source in given.sources)
     if archived or any(_table_file(given) for given in found):
         return
@@ -147,7 +145,7 @@ def _no_column_without_table(data: "Data", found: list[Given]) -> None:
                             f"{TABLES[0]} or {TABLES[1]} at its top: add one or remove the setting")
 
 
-def items(given: Given, data: "Data", notes: Notes) -> Iterator[Item]:
+def items(given: Given, data: Data, notes: Notes) -> Iterator[Item]:
     """The images of one given path, not decoded yet.
 
     Raises UserError for a broken file that the user named and a table that cannot be used.
@@ -182,7 +180,7 @@ def _below(source: Source, given: Given) -> str:
     return source.path.relative_to(given.top).as_posix() if given.top else source.path.name
 
 
-def _item(source: Source, payload: Payload, inside: str, below: str, data: "Data", table: Table | None,
+def _item(source: Source, payload: Payload, inside: str, below: str, data: Data, table: Table | None,
           notes: Notes) -> Item:
     """One image, `below` the top of its folder or archive."""
     row = table(below) if table else None
@@ -199,7 +197,7 @@ def _table_file(given: Given) -> Source | None:
     return min(tables, key=lambda source: TABLES.index(source.path.name), default=None)
 
 
-def _folder_table(given: Given, data: "Data", notes: Notes) -> Table | None:
+def _folder_table(given: Given, data: Data, notes: Notes) -> Table | None:
     source = _table_file(given)
     if source is None:
         return None
@@ -210,7 +208,7 @@ def _folder_table(given: Given, data: "Data", notes: Notes) -> Table | None:
         raise UserError(f"{source.name} cannot be read ({error.strerror or error}): make it readable") from None
 
 
-def _table(name: str, file: IO[bytes], data: "Data", notes: Notes) -> Table:
+def _table(name: str, file: IO[bytes], data: Data, notes: Notes) -> Table:
     """The table of a folder or archive. Raises UserError for one that cannot be used."""
     content = file.read(_TABLE + 1)
     if len(content) > _TABLE:
@@ -286,7 +284,7 @@ def _jsonl(name: str, text: str, notes: Notes) -> tuple[list[str], Records]:
     return list(dict.fromkeys(key for _, record in records for key in record)), records
 
 
-def _zip(source: Source, data: "Data", notes: Notes) -> Iterator[Item]:
+def _zip(source: Source, data: Data, notes: Notes) -> Iterator[Item]:
     """The images of an archive, read where they lie. Raises Broken."""
     with opened(source) as archive:
         entries = entries_of(archive, source, notes)
@@ -375,7 +373,7 @@ def _known(entry: zipfile.ZipInfo) -> None:
         raise ValueError("its packing is not deflate")
 
 
-def _npz(source: Source, data: "Data") -> Iterator[Item]:
+def _npz(source: Source, data: Data) -> Iterator[Item]:
     """The images `x` and labels `y` of an npz file, some rows at a time. Raises Broken."""
     with opened(source) as archive:
         names = archive.namelist()
@@ -448,7 +446,7 @@ def _exactly(file: IO[bytes], count: int) -> bytes:
     return content
 
 
-def _check_images(shape: tuple[int, ...], dtype: np.dtype[Any], data: "Data") -> None:
+def _check_images(shape: tuple[int, ...], dtype: np.dtype[Any], data: Data) -> None:
     if dtype != np.uint8:
         raise Refused("not an image", f"its array x is {dtype}: save whole numbers from 0 to 255, as in "
                       "(255 * x).round().astype('uint8') for values from 0 to 1")
@@ -471,7 +469,7 @@ def _labels(archive: zipfile.ZipFile, count: int) -> npt.NDArray[Any]:
         return np.frombuffer(_exactly(file, count * dtype.itemsize), dtype)
 
 
-def _digits(source: Source, data: "Data") -> Item:
+def _digits(source: Source, data: Data) -> Item:
     """The 1,797 digits of 8 x 8 pixels that come with scikit-learn."""
     bunch = optional("sklearn.datasets", "digits").load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8)

@@ -13,55 +13,33 @@ import os
 import sys
 import time
 import warnings
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from handmill.data import image_copies, image_files, image_report
 from handmill.data.corpus import Ints, Tick
-from handmill.data.decoding import Decoded, Payload, Pixels, Refused, decode
+from handmill.data.decoding import Decoded, Payload, Refused, decode
 from handmill.data.duplicates import Hashes, mix
 from handmill.data.image_copies import Copies
 from handmill.data.image_files import Given, Item, Notes
+from handmill.data.image_read import Read
 from handmill.data.images import FORMAT, Images, write_split
 from handmill.data.prepared import write_json
 from handmill.data.progress import Bar
 from handmill.data.splits import NAMES, Parts
 from handmill.data.staging import staged
 from handmill.errors import UserError
+from handmill.media.image import Data
 from handmill.recipe import Recipe
-
-if TYPE_CHECKING:
-    from handmill.media.image import Data
 
 _AUGMENTATION = ("flip", "shift", "rotation", "colour_jitter", "binarise")
 _THREADS = 4  # that decode
 _AHEAD = 16  # payloads read before they are decoded
-
-
-@dataclass
-class Read:
-    """What was read of every image, in order; the pixels are in a file."""
-
-    file: Path
-    shape: tuple[int, int, int]  # H, W, C
-    names: list[str] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
-    given: list[int] = field(default_factory=list)  # number of the path
-    tests: int = 0  # images of data.test_paths, which come first
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # height, width
-    remarks: Counter[str] = field(default_factory=Counter)
-    digests: dict[str, str] = field(default_factory=dict)  # file -> sha256
-
-    @property
-    def pixels(self) -> Pixels:
-        return np.memmap(self.file, np.uint8, "r", shape=(len(self.names), *self.shape))
 
 
 def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Images:
@@ -116,7 +94,7 @@ def _make(recipe: Recipe, found: list[Given], mark: str, work: Path, progress: b
         "splits": {name: {"images": len(parts[name])} for name in NAMES}})
 
 
-def _read(found: list[Given], data: "Data", notes: Notes, scratch: Path, tick: Tick) -> Read:
+def _read(found: list[Given], data: Data, notes: Notes, scratch: Path, tick: Tick) -> Read:
     """Decode everything into the file `scratch`. Raises UserError where no image is left."""
     read = Read(scratch, data.shape)
     with scratch.open("wb") as file:
@@ -161,7 +139,7 @@ def _note(read: Read, item: Item, result: Decoded, number: int, test: bool) -> N
         read.digests[item.source.name] = result.digest
 
 
-def in_order(items: Iterable[Item], data: "Data") -> Iterator[tuple[Item, Decoded | Refused]]:
+def in_order(items: Iterable[Item], data: Data) -> Iterator[tuple[Item, Decoded | Refused]]:
     """The items, decoded by a few threads, in their order; only a few stand in memory at a time."""
     waiting: deque[tuple[Item, Future[Decoded | Refused]]] = deque()
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
@@ -173,14 +151,14 @@ def in_order(items: Iterable[Item], data: "Data") -> Iterator[tuple[Item, Decode
             yield item, future.result()
 
 
-def _decoded(payload: Payload, data: "Data") -> Decoded | Refused:
+def _decoded(payload: Payload, data: Data) -> Decoded | Refused:
     try:
         return decode(payload, data)
     except Refused as error:
         return error
 
 
-def _classes(read: Read, data: "Data") -> tuple[tuple[str, ...], Ints]:
+def _classes(read: Read, data: Data) -> tuple[tuple[str, ...], Ints]:
     """The names of the classes in order, and each image's number among them, -1 where it has none: (N,).
 
     Raises UserError where a column that the recipe names is empty.
@@ -256,7 +234,7 @@ def _write(work: Path, name: str, read: Read, chosen: Ints, labels: Ints, tick: 
     return mean, np.sqrt(np.maximum(0, square - mean**2))
 
 
-def _entry(given: Given, number: int, read: Read, copies: Copies, data: "Data") -> dict[str, Any]:
+def _entry(given: Given, number: int, read: Read, copies: Copies, data: Data) -> dict[str, Any]:
     """The manifest's line of a given path. The checksum of a folder is that of its files' checksums and names."""
     mine = np.array(read.given) == number
     latest = max((source.modified for source in given.sources), default=0)

@@ -1,7 +1,7 @@
 """What the user is told of the images: the values of report.json, a few lines for the screen, a contact sheet."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -9,11 +9,9 @@ from handmill.data.corpus import Ints
 from handmill.data.decoding import Pixels
 from handmill.data.image_copies import Copies
 from handmill.data.image_files import Notes
+from handmill.data.image_read import Read
 from handmill.data.splits import Parts
-
-if TYPE_CHECKING:
-    from handmill.data.image_prepare import Read
-    from handmill.media.image import Data
+from handmill.media.image import Data
 
 _EXAMPLES = 20  # copies named in the report
 _COMMON = 10  # sizes
@@ -22,7 +20,7 @@ _SHEET, _ROWS = 100, 25  # images and rows of the contact sheet
 _FEW = 10  # images of a class in training, below which it is remarked on
 
 
-def compose(data: "Data", notes: Notes, read: "Read", copies: Copies, classes: tuple[str, ...], labels: Ints,
+def compose(data: Data, notes: Notes, read: Read, copies: Copies, classes: tuple[str, ...], labels: Ints,
             parts: Parts, moments: tuple[Any, Any]) -> dict[str, Any]:
     """The report, but for the time taken."""
     kept = copies.kept
@@ -46,13 +44,13 @@ def compose(data: "Data", notes: Notes, read: "Read", copies: Copies, classes: t
     return report | {"remarks": _remarks(data, notes, report, classes, labels[parts["train"]])}
 
 
-def _sizes(read: "Read") -> dict[str, Any]:
+def _sizes(read: Read) -> dict[str, Any]:
     by_area = sorted(read.sizes, key=lambda size: (size[0] * size[1], size))
     return {"distinct": len(by_area), "smallest": list(by_area[0]), "largest": list(by_area[-1]),
             "common": [[*size, count] for size, count in read.sizes.most_common(_COMMON)]}
 
 
-def _copies(copies: Copies, read: "Read", labels: Ints, data: "Data") -> dict[str, Any]:
+def _copies(copies: Copies, read: Read, labels: Ints, data: Data) -> dict[str, Any]:
     found = np.flatnonzero(copies.of != np.arange(len(copies.of)))
     of = copies.of[found]
     first = [{"copy": read.names[a], "of": read.names[b], "near": bool(copies.near[a])}
@@ -62,7 +60,7 @@ def _copies(copies: Copies, read: "Read", labels: Ints, data: "Data") -> dict[st
             "of_another_class": int((labels[found] != labels[of]).sum()), "first": first}
 
 
-def _remarks(data: "Data", notes: Notes, report: dict[str, Any], classes: tuple[str, ...], train: Ints) -> list[str]:
+def _remarks(data: Data, notes: Notes, report: dict[str, Any], classes: tuple[str, ...], train: Ints) -> list[str]:
     remarks = []
     counts = np.bincount(train[train >= 0], minlength=len(classes))  # of each class in training
     alone = [name for name in classes if report["classes"]["images"][name] == 1]

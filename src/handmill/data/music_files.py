@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,10 +19,8 @@ from handmill.data.image_files import Given
 from handmill.data.sources import Broken, Source, printable
 from handmill.errors import UserError, optional
 from handmill.media import chorales, midi
+from handmill.media.music import Data
 from handmill.media.scores import MOST_STEPS, Grid, Score
-
-if TYPE_CHECKING:
-    from handmill.media.music import Data
 
 MIDI = frozenset((".mid", ".midi", ".kar", ".rmi"))
 FOREIGN = frozenset((".musicxml", ".mxl", ".mscz", ".mscx", ".abc", ".krn", ".sib", ".gp", ".gpx", ".gp5", ".ly",
@@ -54,7 +52,7 @@ class Notes(image_files.Notes):
         self.skipped.file(f"{item.source.name}/{item.inside}" if item.inside else item.source.name, str(error))
 
 
-def find(data: "Data", cache: Path) -> list[Given]:
+def find(data: Data, cache: Path) -> list[Given]:
     """The files under data.paths, each file once.
 
     Raises UserError for a path that does not exist, and a folder or pattern without files.
@@ -78,7 +76,7 @@ def _sources(text: str, cache: Path) -> list[Source]:
         raise UserError(str(error).replace("holds text", "holds MIDI files")) from None
 
 
-def items(given: Given, data: "Data", steps: int, notes: Notes, tick: Tick) -> Iterator[Item]:
+def items(given: Given, data: Data, steps: int, notes: Notes, tick: Tick) -> Iterator[Item]:
     """The pieces of one given path; `steps` a quarter note of chorales. `tick` gets the bytes done.
 
     Raises UserError for a broken file that the user named.
@@ -108,7 +106,7 @@ def _foreign(suffix: str) -> Refused:
     return Refused("not MIDI", f"{suffix} is not read: export it as MIDI or leave it out")
 
 
-def _midi(source: Source, given: Given, inside: str, content: bytes, folder: str, data: "Data") -> Item:
+def _midi(source: Source, given: Given, inside: str, content: bytes, folder: str, data: Data) -> Item:
     """The piece of a MIDI file, without the silence after its last note. Raises Refused."""
     if not content:
         raise Refused("empty", "it is empty: copy it again or leave it out")
@@ -127,7 +125,7 @@ def _name(source: Source, given: Given, inside: str) -> str:
     return printable(f"{below}/{inside}" if inside else below)
 
 
-def _folder(source: Source, given: Given, data: "Data") -> str:
+def _folder(source: Source, given: Given, data: Data) -> str:
     """The first sub-folder of the given folder; of a file in none, or given otherwise, the folder that it lies in.
 
     Nothing where that is the only path: all pieces would be named alike.
@@ -138,7 +136,7 @@ def _folder(source: Source, given: Given, data: "Data") -> str:
     return "" if given.top and len(data.paths) == 1 else printable(source.path.absolute().parent.name)
 
 
-def _chorales(source: Source, given: Given, data: "Data", steps: int, notes: Notes) -> Iterator[Item]:
+def _chorales(source: Source, given: Given, data: Data, steps: int, notes: Notes) -> Iterator[Item]:
     """The pieces of chorales, their splits kept where they have one for validation. Raises Refused."""
     try:
         found = chorales.read(source.path)
@@ -181,7 +179,7 @@ def _repeated(pieces: list[Grid]) -> float:
     return float(np.mean(same)) if same else 0.0
 
 
-def _zip(source: Source, given: Given, data: "Data", notes: Notes) -> Iterator[Item]:
+def _zip(source: Source, given: Given, data: Data, notes: Notes) -> Iterator[Item]:
     """The MIDI files of an archive, read where they lie. Raises Refused."""
     with image_files.opened(source) as archive:
         entries = {PurePosixPath(name): entry for name, entry in

@@ -12,9 +12,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,61 +23,19 @@ from handmill.data.decoding import Refused
 from handmill.data.image_files import Given
 from handmill.data.music import FORMAT, Pieces, write_split
 from handmill.data.music_files import Item, Notes
-from handmill.data.music_fit import Shape
+from handmill.data.music_read import Copies, Piece, Read
 from handmill.data.prepared import write_json
 from handmill.data.progress import Bar
 from handmill.data.splits import NAMES, Parts
 from handmill.data.staging import staged
 from handmill.errors import UserError
 from handmill.media.keys import key_of_score
+from handmill.media.music import Data
 from handmill.media.music_tokens import UNKNOWN, Asked, Events, Frames, Tokens
 from handmill.media.music_words import key_of
 from handmill.recipe import Recipe
 
-if TYPE_CHECKING:
-    from handmill.media.music import Data
-
 _EVENTS_GRID = 4  # steps a quarter note of chorales that become events
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece that was read, but for its tokens."""
-
-    name: str
-    given: int  # number of the path
-    split: str  # that its file brings; "": none
-    asked: Asked  # what is said of it; the name is that of its folder
-    signature: int  # the key that its file names, UNKNOWN where it names none
-    estimate: int  # the key that its notes are in
-    shape: Shape
-    start: int  # place of its tokens in the temporary file
-    tokens: int
-    notes: int
-    steps: int
-    seconds: float
-
-
-@dataclass
-class Read:
-    """What was read, in order; the tokens without headers are in a file."""
-
-    file: Path
-    bare: Frames | Events  # their codec
-    pieces: list[Piece] = field(default_factory=list)
-    changes: dict[str, Counter[str]] = field(default_factory=dict)  # change -> {"pieces": n, "times": n}
-
-    def tokens(self, piece: Piece) -> Tokens:
-        """The tokens (T,) of a piece in the bare codec."""
-        return np.fromfile(self.file, "<u2", piece.tokens, offset=2 * piece.start)
-
-
-@dataclass(frozen=True)
-class Copies:
-    """Which pieces are copies of another that is kept, perhaps in another key."""
-
-    of: dict[int, int]  # copy -> that one
-    across: int  # copies that stay, because their files bring them in two splits
 
 
 def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Pieces:
@@ -162,7 +119,7 @@ def _nothing(given: Given, notes: Notes) -> UserError:
 
 
 def _piece(item: Item, given: int, tokens: Tokens, place: int, notes: int, codec: Frames | Events,
-           data: "Data") -> Piece:
+           data: Data) -> Piece:
     score = item.score
     signature, estimate = score.keys[0][1] if score.keys else UNKNOWN, key_of_score(score).key
     key = signature if signature != UNKNOWN and data.key == "file" else estimate
@@ -260,7 +217,7 @@ def _whole(read: Read, pieces: list[Piece], codec: Frames | Events, tick: Tick) 
         tick(tokens.nbytes)
 
 
-def _entry(given: Given, number: int, read: Read, kept: list[int], data: "Data") -> dict[str, Any]:
+def _entry(given: Given, number: int, read: Read, kept: list[int], data: Data) -> dict[str, Any]:
     """The manifest's line of a given path. The checksum of a folder is that of its files' checksums and names."""
     latest = max(source.modified for source in given.sources)
     entry = {"path": given.text, "files": len(given.sources), "bytes": sum(s.bytes for s in given.sources),

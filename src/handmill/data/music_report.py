@@ -3,20 +3,18 @@
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from handmill.data.corpus import Ints
 from handmill.data.music_files import Notes
+from handmill.data.music_read import Copies, Piece, Read
 from handmill.data.splits import Parts
 from handmill.media.keys import relative
 from handmill.media.music_tokens import UNKNOWN, Events, Frames, pitch_name
 from handmill.media.scores import KEYS
 from handmill.recipe import Recipe
-
-if TYPE_CHECKING:
-    from handmill.data.music_prepare import Copies, Piece, Read
 
 _EXAMPLES = 20  # copies named in the report
 _SHOWN = 8  # keys and names on the screen
@@ -29,7 +27,7 @@ _FREE = 0.2  # of the notes: more of them beside the grid were not played to it
 _QUARTERS, _FINER = 0.3, 0.5  # of the steps repeat the one before: Bach's chorales have 0.12 and, in sixteenths, 0.64
 
 
-def compose(recipe: Recipe, notes: Notes, read: "Read", copies: "Copies", parts: Parts,
+def compose(recipe: Recipe, notes: Notes, read: Read, copies: Copies, parts: Parts,
             about: dict[str, dict[str, Any]], codec: Frames | Events) -> dict[str, Any]:
     """The report, but for the time taken."""
     kept = [read.pieces[i] for name in parts for i in parts[name]]
@@ -58,7 +56,7 @@ def compose(recipe: Recipe, notes: Notes, read: "Read", copies: "Copies", parts:
     return report | {"remarks": _remarks(recipe, report, kept, train, codec)}
 
 
-def _copies(copies: "Copies", pieces: list["Piece"]) -> dict[str, Any]:
+def _copies(copies: Copies, pieces: list[Piece]) -> dict[str, Any]:
     pairs = [(pieces[a], pieces[b], pieces[a].shape.lowest - pieces[b].shape.lowest) for a, b in copies.of.items()]
     moved = sum(higher != 0 for _, _, higher in pairs)
     return {"exact": len(pairs) - moved, "transposed": moved, "across_given_splits": copies.across,
@@ -73,7 +71,7 @@ def _marks(values: list[Any]) -> dict[str, float]:
     return {"least": round(least, 3), "median": round(median, 3), "greatest": round(greatest, 3)}
 
 
-def _room(train: list["Piece"], codec: Frames | Events, wanted: int) -> dict[str, Any]:
+def _room(train: list[Piece], codec: Frames | Events, wanted: int) -> dict[str, Any]:
     """Semitones that every training piece can be moved by, and how many can go as far as data.transpose both ways."""
     down = [piece.shape.lowest - codec.settings.lowest for piece in train]
     up = [codec.settings.highest - piece.shape.highest for piece in train]
@@ -81,7 +79,7 @@ def _room(train: list["Piece"], codec: Frames | Events, wanted: int) -> dict[str
             "pieces_with_room": sum(min(room) >= wanted for room in zip(down, up, strict=True))}
 
 
-def _keys(kept: list["Piece"], by: str) -> dict[str, Any]:
+def _keys(kept: list[Piece], by: str) -> dict[str, Any]:
     """Which keys the pieces are said to be in; a signature is doubtful that the notes fit neither mode of."""
     signed = [piece for piece in kept if piece.signature != UNKNOWN and piece.estimate != UNKNOWN]
     doubtful = sum(piece.estimate not in (piece.signature, relative(piece.signature)) for piece in signed)
@@ -93,7 +91,7 @@ def _keys(kept: list["Piece"], by: str) -> dict[str, Any]:
             "unknown": len(kept) - counts.total()}
 
 
-def _remarks(recipe: Recipe, report: dict[str, Any], kept: list["Piece"], train: list["Piece"],
+def _remarks(recipe: Recipe, report: dict[str, Any], kept: list[Piece], train: list[Piece],
              codec: Frames | Events) -> list[str]:
     remarks = [*_of_grid(recipe, report), *_of_names(report, train, codec), *_of_splits(recipe, report)]
     keys, room = report["keys"], report["transposition"]
@@ -129,7 +127,7 @@ def _of_grid(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     return remarks
 
 
-def _of_names(report: dict[str, Any], train: list["Piece"], codec: Frames | Events) -> list[str]:
+def _of_names(report: dict[str, Any], train: list[Piece], codec: Frames | Events) -> list[str]:
     remarks = []
     counts = Counter(piece.asked.name for piece in train)
     few = [name for name in codec.settings.names if counts[name] < _FEW]
@@ -202,7 +200,7 @@ def _counted(counts: dict[str, int]) -> str:
     return f"{shown} and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else shown or "none"
 
 
-def rolls(path: Path, read: "Read", train: Ints) -> None:
+def rolls(path: Path, read: Read, train: Ints) -> None:
     """Draw a few training pieces, evenly spread, as the codec has them."""
     from handmill.media import performing
     from handmill.media.notes import Piece as Drawn

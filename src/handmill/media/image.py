@@ -1,14 +1,10 @@
-"""Images: the [data] table, and the way from the user's files to arrays of pixels."""
+"""Images: the [data] table."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from handmill.errors import UserError
-from handmill.recipe import Recipe, not_negative, positive, within
-
-if TYPE_CHECKING:
-    from handmill.data.images import Images
+from handmill.recipe import not_negative, positive, within
 
 _BOMB = 178_956_970  # pixels, beyond which Pillow itself refuses a file
 _DISTANCE = 10  # bits of 64; from here on most pairs of any drawings would have to be compared
@@ -65,13 +61,3 @@ class Data:
     def shape(self) -> tuple[int, int, int]:
         """Height, width and channels of a prepared image."""
         return *self.size, 3 if self.colour == "rgb" else 1
-
-
-def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> "Images":
-    """The prepared images of a recipe, from `cache`/<fingerprint>, made first where they are not there yet.
-
-    Raises UserError for paths, files, columns and shares that cannot be used, and for a cache that cannot be written.
-    """
-    from handmill.data.image_prepare import prepare
-
-    return prepare(recipe, cache, progress)

@@ -1,15 +1,11 @@
-"""Music: the [data] table, and the way from the user's files to packed tokens of notes."""
+"""Music: the [data] table."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from handmill.errors import UserError
 from handmill.media.music_words import key_of
-from handmill.recipe import Recipe, positive, within
-
-if TYPE_CHECKING:
-    from handmill.data.music import Pieces
+from handmill.recipe import positive, within
 
 
 @dataclass(frozen=True)
@@ -38,13 +34,3 @@ class Data:
             key_of(self.key)
         if self.validation + self.test >= 1:
             raise UserError("validation + test must leave a part to train on: lower them")
-
-
-def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> "Pieces":
-    """The prepared pieces of a recipe, from `cache`/<fingerprint>, made first where they are not there yet.
-
-    Raises UserError for paths, files and shares that cannot be used, and for a cache that cannot be written.
-    """
-    from handmill.data.music_prepare import prepare
-
-    return prepare(recipe, cache, progress)

@@ -1,14 +1,10 @@
-"""Text: the [data] table, and the way from the user's files to packed tokens."""
+"""Text: the [data] table."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from handmill.errors import UserError
-from handmill.recipe import Recipe, positive, within
-
-if TYPE_CHECKING:
-    from handmill.data.packed import Packed
+from handmill.recipe import positive, within
 
 
 @dataclass(frozen=True)
@@ -36,13 +32,3 @@ class Data:
         if 0 < self.near_duplicates < 0.3:
             raise UserError(f"near_duplicates = {self.near_duplicates:g} would take unlike texts for copies: "
                             "choose 0 (exact copies only) or a similarity from 0.3 to 1")
-
-
-def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> "Packed":
-    """The prepared corpus of a recipe, from `cache`/<fingerprint>, made first where it is not there yet.
-
-    Raises UserError for paths, files and shares that cannot be used, and for a cache that cannot be written.
-    """
-    from handmill.data.prepare import prepare
-
-    return prepare(recipe, cache, progress)

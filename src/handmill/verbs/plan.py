@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from handmill import media
+from handmill import data
 from handmill.recipe import Recipe
 from handmill.training import distributed
 from handmill.training import plan as plans
@@ -17,6 +17,6 @@ def plan(recipe: Recipe | Path | str, out: Path | str | None = None, overrides: 
     """
     recipe, out = begin(recipe, out, overrides)
     with distributed.session() as device:
-        prepared = media.prepare(recipe, out.parent / ".prepared")
+        prepared = data.prepare(recipe, out.parent / ".prepared")
         network, _, task = assemble(recipe, prepared, device, out)
         return plans.make(recipe, network, task, device, out, careful=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from handmill import families, media
+from handmill import data, families
 from handmill import folder as folders
 from handmill import recipe as recipes
 from handmill.disk import alone
@@ -44,9 +44,9 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
     with distributed.first() as mine:
         if mine:
             claim(out, recipe, held)
-            prepared = media.prepare(recipe, out.parent / ".prepared", progress=not quiet)
+            prepared = data.prepare(recipe, out.parent / ".prepared", progress=not quiet)
     if distributed.rank() > 0:
-        prepared = media.prepare(recipe, out.parent / ".prepared", progress=False)
+        prepared = data.prepare(recipe, out.parent / ".prepared", progress=False)
     network, codec, task = assemble(recipe, prepared, device, out)
     saved, made_of = checkpoint.newest_facts(out / "checkpoints"), sources(prepared, codec)
     if saved and saved["made_of"] != made_of:
@@ -61,7 +61,7 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
     peak = matrix_peak(device, torch.bfloat16 if planned.choices.precision == "bf16" else torch.float32)
     monitor = Monitor(out, quiet, saved["progress"]["step"] if saved else 0)
     try:
-        for line in [*media.report_lines(recipe, prepared), *plan.lines(planned)]:
+        for line in [*data.report_lines(recipe, prepared), *plan.lines(planned)]:
             monitor.say(line)
         if planned.choices.threads < (os.cpu_count() or 1):
             monitor.say(f"threads       {planned.choices.threads} of {os.cpu_count()}: other programs are busy, or "

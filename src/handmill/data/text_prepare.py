@@ -21,10 +21,10 @@ from handmill.data.ingest import ingest
 from handmill.data.packed import FORMAT, Packed, write_split
 from handmill.data.prepared import write_json
 from handmill.data.progress import Bar
-from handmill.data.report import compose
 from handmill.data.sources import Source, find
 from handmill.data.splits import Parts
 from handmill.data.staging import staged
+from handmill.data.text_report import compose
 from handmill.media import tokenizers
 from handmill.media.tokenizers import Tokenizer
 from handmill.recipe import Recipe
