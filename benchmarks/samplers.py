@@ -21,7 +21,7 @@ from handmill.checks.image import Settings, _asked, _ground
 from handmill.families import tensors
 from handmill.families.diffusion.samplers import SAMPLERS, evaluations
 from handmill.folder import Model
-from handmill.verbs.generate import sampling
+from handmill.verbs.making import sampling
 
 PICTURE = Path(__file__).parent.parent / "docs" / "samplers.png"
 SEED = 5

@@ -28,7 +28,8 @@ from handmill.networks.decoder import Decoder, Settings, State
 from handmill.verbs import export as verb
 from handmill.verbs.export import export
 from handmill.verbs.fill import fill
-from handmill.verbs.generate import generate, network_of
+from handmill.verbs.generate import generate
+from handmill.verbs.making import network_of
 
 SCALED = tiny.DEFAULT | {"norm": "layer", "gain": False, "attention_scale": 0.35, "kv_heads": 0}
 ONNX_SHAPES = {"default": tiny.DEFAULT, "gpt2": tiny.GPT2, "llama": tiny.LLAMA, "scaled": SCALED}

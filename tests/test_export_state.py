@@ -28,7 +28,8 @@ from handmill.networks import build
 from handmill.networks.recurrent import Layer, Recurrent, Settings
 from handmill.verbs import export as verb
 from handmill.verbs.export import export
-from handmill.verbs.generate import generate, network_of
+from handmill.verbs.generate import generate
+from handmill.verbs.making import network_of
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

@@ -28,7 +28,8 @@ from handmill.folder import Model
 from handmill.media.pictures import to_uint8
 from handmill.verbs import export as verb
 from handmill.verbs.export import export
-from handmill.verbs.generate import generate, network_of
+from handmill.verbs.generate import generate
+from handmill.verbs.making import network_of
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")

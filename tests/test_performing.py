@@ -14,7 +14,6 @@ from handmill import cli, folder
 from handmill.errors import UserError
 from handmill.families.autoregressive import Objective, Sampling
 from handmill.families.composing import Wish
-from handmill.folder import Model
 from handmill.media import midi, performing, sound
 from handmill.media.music_tokens import Asked, Events, EventSettings, Frames, FrameSettings
 from handmill.media.scores import DRUMS, Note, Score, from_grid
@@ -22,6 +21,7 @@ from handmill.networks import decoder
 from handmill.recipe import Recipe, Training
 from handmill.verbs.compose import compose, save_music, wish
 from handmill.verbs.generate import generate, pieces
+from handmill.verbs.load import Loaded
 
 CHORDS = FrameSettings(lowest=48, highest=72, voices=4, keys=True, tempos=(80.0,), names=("bach", "J S Bach"))
 FREE = EventSettings(lowest=48, highest=72, velocities=4, drums=True)
@@ -37,7 +37,7 @@ class Table:
     licence: str = "CC0-1.0"
 
 
-def made(settings: Any, path: Path = Path("runs/tiny")) -> Model:
+def made(settings: Any, path: Path = Path("runs/tiny")) -> Loaded:
     """A model with random weights."""
     network = decoder.Settings(layers=1, width=16, heads=2, context=64)
     recipe = Recipe("tiny", "music", "autoregressive", 1, Table(), settings, network, Objective(), Training(),
@@ -48,16 +48,16 @@ def made(settings: Any, path: Path = Path("runs/tiny")) -> Model:
     with torch.no_grad():
         for p in weights.parameters():
             p.add_(0.2 * torch.randn_like(p))
-    return Model(path, recipe, weights, codec, {"files": {"weights.safetensors": {"sha256": "0" * 64}}})
+    return Loaded(path, recipe, weights, codec, {"files": {"weights.safetensors": {"sha256": "0" * 64}}})
 
 
 @pytest.fixture(scope="module")
-def chords() -> Model:
+def chords() -> Loaded:
     return made(CHORDS)
 
 
 @pytest.fixture(scope="module")
-def free() -> Model:
+def free() -> Loaded:
     return made(FREE)
 
 
@@ -102,12 +102,12 @@ def test_a_midi_file_reads_back_to_the_same_notes_and_says_how_it_was_made(tmp_p
     ("", Asked()), ("key=G tempo=90 name=bach", Asked(7, 90.0, "bach")), ("name=bach key=Gm", Asked(19, 0.0, "bach")),
     ("Gm", Asked(19)), ("bach", Asked(name="bach")), ("J S Bach", Asked(name="J S Bach")),
     ("j s bach tempo=90", Asked(-1, 90.0, "J S Bach")), ("F# minor tempo = 60", Asked(18, 60.0))])
-def test_words_become_wishes(chords: Model, prompt: str, asked: Asked) -> None:
+def test_words_become_wishes(chords: Loaded, prompt: str, asked: Asked) -> None:
     assert wish(chords, prompt) == Wish(asked)
 
 
 @pytest.mark.parametrize("prompt", ["liszt", "key=H", "tempo=fast", "name=liszt", "metre=3", "key=G key=C", "G name"])
-def test_other_words_are_a_sentence(chords: Model, free: Model, prompt: str) -> None:
+def test_other_words_are_a_sentence(chords: Loaded, free: Loaded, prompt: str) -> None:
     with pytest.raises(UserError):
         wish(chords, prompt)
     with pytest.raises(UserError):
@@ -116,7 +116,7 @@ def test_other_words_are_a_sentence(chords: Model, free: Model, prompt: str) -> 
         wish(free, "G")
 
 
-def test_highest_notes_are_the_melody_and_steps_cut_it(chords: Model, free: Model, tmp_path: Path) -> None:
+def test_highest_notes_are_the_melody_and_steps_cut_it(chords: Loaded, free: Loaded, tmp_path: Path) -> None:
     midi.write(tmp_path / "tune.mid", TUNE)
     codec: Any = chords.codec
     whole = wish(chords, melody=TUNE)
@@ -133,14 +133,14 @@ def test_highest_notes_are_the_melody_and_steps_cut_it(chords: Model, free: Mode
     ({"melody": Score((Note(0, 480, 36, program=DRUMS),))}, "no notes"), ({"steps": 0}, "steps = 0"),
     ({"beginning": Score(tuple(Note(0, 480, 50 + i) for i in range(5)))}, "5 pitches"),
     ({"melody": b"not MIDI"}, "no MIDI file"), ({"melody": Path("none.mid")}, "none.mid")])
-def test_music_that_does_not_fit_is_a_sentence(chords: Model, given: dict[str, Any], sentence: str) -> None:
+def test_music_that_does_not_fit_is_a_sentence(chords: Loaded, given: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         wish(chords, **given)
 
 
 # scores from models
 
-def test_a_prompt_makes_a_score_and_a_seed_the_same_one(chords: Model, free: Model) -> None:
+def test_a_prompt_makes_a_score_and_a_seed_the_same_one(chords: Loaded, free: Loaded) -> None:
     for model, prompt in ((chords, "key=G tempo=93"), (free, "")):
         made = model.generate(prompt, seed=4, max_tokens=40)
         assert isinstance(made, Score)
@@ -155,7 +155,7 @@ def test_a_prompt_makes_a_score_and_a_seed_the_same_one(chords: Model, free: Mod
         free.generate(melody=TUNE)
 
 
-def test_a_melody_makes_room_for_itself_unless_the_user_says_otherwise(chords: Model) -> None:
+def test_a_melody_makes_room_for_itself_unless_the_user_says_otherwise(chords: Loaded) -> None:
     long = from_grid([(60,)] * 50, 4)
     score = chords.generate(melody=long, seed=1)
     assert chords.codec.read(score)
@@ -165,13 +165,13 @@ def test_a_melody_makes_room_for_itself_unless_the_user_says_otherwise(chords: M
         chords.generate(melody=long, max_tokens=249)
 
 
-def test_pieces_do_not_depend_on_the_turns_they_are_made_in(chords: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_do_not_depend_on_the_turns_they_are_made_in(chords: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compose(chords, [Wish(steps=3)] * 5, seed=2)
     monkeypatch.setattr("handmill.verbs.compose.AT_ONCE", 2)
     assert compose(chords, [Wish(steps=3)] * 5, seed=2) == whole
 
 
-def test_files_of_a_batch_say_how_to_make_them_again(chords: Model, tmp_path: Path) -> None:
+def test_files_of_a_batch_say_how_to_make_them_again(chords: Loaded, tmp_path: Path) -> None:
     mido = pytest.importorskip("mido")
     wishes = [wish(chords, "key=G", TUNE), wish(chords, "bach", TUNE)]
     paths = save_music(chords, wishes, tmp_path / "out", 7, voice_temperatures=(0.0, 1.0))
@@ -197,7 +197,7 @@ def test_files_of_a_batch_say_how_to_make_them_again(chords: Model, tmp_path: Pa
 # the command line
 
 @pytest.fixture
-def command(chords: Model, free: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def command(chords: Loaded, free: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "load", lambda path: chords if path.name == "chords" else free)
 
 

@@ -12,9 +12,9 @@ __all__ = ["UserError", "check", "export", "load", "plan", "train"]
 
 if TYPE_CHECKING:
     from handmill.errors import UserError
-    from handmill.folder import load
     from handmill.verbs.check import check
     from handmill.verbs.export import export
+    from handmill.verbs.load import load
     from handmill.verbs.plan import plan
     from handmill.verbs.train import train
 
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
     """The verbs are imported when first named, so that `import handmill` costs nothing."""
     import importlib
 
-    homes = {"UserError": "errors", "load": "folder", "train": "verbs.train", "check": "verbs.check",
+    homes = {"UserError": "errors", "load": "verbs.load", "train": "verbs.train", "check": "verbs.check",
              "export": "verbs.export", "plan": "verbs.plan"}
     if name not in homes:
         raise AttributeError(f"module 'handmill' has no attribute {name!r}")

@@ -99,7 +99,7 @@ def generate(args: argparse.Namespace) -> None:
 
 def _fill(model: Any, prompts: Sequence[str], args: argparse.Namespace, settings: dict[str, Any]) -> None:
     from handmill.verbs.fill import fill
-    from handmill.verbs.generate import checked
+    from handmill.verbs.making import checked
 
     seed = checked(settings.pop("seed"))
     for i, prompt in enumerate(prompts):

@@ -64,16 +64,6 @@ class Model:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def generate(self, prompt: str = "", **settings: Any) -> Any:
-        """One sample: a text, an image (H, W, C) uint8, or a media.scores.Score; `prompt` is its beginning, the name of
-        its class, or what a piece of music is to be ("key=G").
-
-        Keywords override the recipe's [sampling] table (temperature=0.8, seed=1, ...).
-        """
-        from handmill.verbs.generate import generate
-
-        return generate(self, [prompt], **settings)[0]
-
 
 def write(path: Path, recipe: Recipe, weights: Mapping[str, Tensor], codec: Any, parts: Mapping[str, Path],
           training: Mapping[str, Any]) -> None:

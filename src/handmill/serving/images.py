@@ -80,7 +80,7 @@ class Answer:
                 yield self.datum(index, image)
 
     def datum(self, index: int, image: NDArray[np.uint8]) -> dict[str, Any]:
-        from handmill.verbs.generate import about
+        from handmill.verbs.making import about
 
         notes = about(self.model, self.name, self.seed, index, self.values)
         return {"b64_json": base64.b64encode(encode_png(image, notes)).decode(), "seed": self.seed, "index": index,

@@ -22,7 +22,7 @@ from handmill.media.scores import Grid, Score
 from handmill.serving.answers import Refusal, no_others, weights
 from handmill.serving.engine import Dropped, Limits
 from handmill.verbs.compose import compose, told
-from handmill.verbs.generate import sampling
+from handmill.verbs.making import sampling
 
 SOUND = 300.0  # seconds of wav in one answer, of all pieces together; what is longer is cut
 NEUTRAL: dict[str, tuple[Any, ...]] = {"stream": (False,), "safety_identifier": ()}  # what asks for nothing

@@ -12,7 +12,7 @@ from handmill.folder import Model
 from handmill.media import midi, music_words, performing
 from handmill.media.music_tokens import Asked, Events, Frames
 from handmill.media.scores import DRUMS, Score
-from handmill.verbs.generate import AT_ONCE, about, checked, network_of, sampling
+from handmill.verbs.making import AT_ONCE, about, checked, network_of, sampling
 
 Music = Path | str | bytes | Score  # a MIDI file, its content, or what it says
 

@@ -24,7 +24,8 @@ from handmill.families.adversarial import exploring
 from handmill.folder import Model
 from handmill.media import moving, pictures
 from handmill.media.pictures import Pixels, to_uint8
-from handmill.verbs.generate import about, checked, plain, sampling
+from handmill.verbs.generate import plain
+from handmill.verbs.making import about, checked, sampling
 
 FRAMES_PER_SECOND = 25.0
 

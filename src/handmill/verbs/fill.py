@@ -7,7 +7,7 @@ from handmill.errors import UserError
 from handmill.families import filling
 from handmill.families.autoregressive import generate
 from handmill.folder import Model
-from handmill.verbs.generate import checked, network_of, sampling
+from handmill.verbs.making import checked, network_of, sampling
 
 
 def fill(model: Model, before: str, after: str, seed: int | None = None, runtime: str = "torch",
