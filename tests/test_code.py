@@ -147,13 +147,32 @@ def test_where_a_block_ends(text: str, kept: str | None) -> None:
 def test_functions_are_found_in_their_parts() -> None:
     found = {function.head.split("(")[0].split()[-1]: function for function in functions([EXAMPLE], 99, 1000, 1)}
     assert set(found) == {"plain", "method", "outer", "guarded"}  # neither nested nor on one line
-    assert found["plain"] == Function(
+    assert found["plain"][:4] == (
         0, 'def plain(a, b=(1,\n                2)):\n    """Says what it does.\n\n    At length.\n    """\n',
         "    # a comment\n    total = a\n    return total\n", True)
     assert found["method"].head == "async def method(self):\n"
     assert found["method"].body == '    text = """\nat the margin\n"""\n    return text\n'
     assert found["outer"].body == "    @cached\n    def inner(): return 1\n    return inner\n"
     assert found["guarded"].body == "    x += 1\n    return x\n"
+    assert found["method"].indent == found["guarded"].indent == "    "
+    assert code.prompt(found["method"]) == EXAMPLE[:EXAMPLE.index("        text = ")]
+    lines = gap(found["guarded"], 0)._replace(before="def guarded(x):\n", after="    return x\n")
+    before, after = code.around(found["guarded"], lines)
+    assert before == EXAMPLE[:EXAMPLE.index("        x += 1")]
+    assert before + "        x += 1\n" + after == EXAMPLE + "\n"
+
+
+@given(st.text(st.sampled_from("ab \n")), st.sampled_from(["", "    ", "  "]))
+def test_lines_come_out_as_they_went_in(text: str, indent: str) -> None:
+    inside = code.indented(text, indent)
+    assert [line for line in code.outdented(inside, indent).split("\n") if line.strip()] == [
+        line for line in text.split("\n") if line.strip()]
+    assert all(line.startswith(indent) for line in inside.split("\n") if line.strip())
+
+
+def test_what_is_less_far_in_than_the_function_ends_it() -> None:
+    made = code.outdented("        return 1\n\n    def other(self):\n        pass\n", "    ")
+    assert block(made) == ("    return 1\n\n", True)
 
 
 @pytest.mark.parametrize("function", FOUND)
@@ -170,7 +189,7 @@ def test_the_choice_of_functions_depends_on_the_seed_and_spreads_over_documents(
     assert functions(DOCUMENTS, 150, 1200, 2) != FOUND
     assert functions(DOCUMENTS, 20, 1200, 1) == FOUND[:20]
     assert len({function.document for function in FOUND[:10]}) == 10
-    assert len({*FOUND}) == len(FOUND) == 150
+    assert len({function[:3] for function in FOUND}) == len(FOUND) == 150
     assert all(len(function.head + function.body) <= 1200 for function in FOUND)
     assert functions([], 5, 1200, 1) == functions(["not Python at all", "a\0b", ""], 5, 1200, 1) == []
 
@@ -190,13 +209,13 @@ def test_gaps_begin_and_end_everywhere() -> None:
 
 
 def test_shares_stand_between_those_of_real_text_and_of_none() -> None:
-    bodies = {function.head: function.body for function in FOUND}
+    bodies = {code.prompt(function): code.indented(function.body, function.indent) for function in FOUND}
     half = iter(range(len(FOUND)))
 
     def complete(prompts: list[str]) -> list[str]:
-        return [bodies[prompt] + "\nx = 1\n" if next(half) % 2 else "    return (\n" for prompt in prompts]
+        return [bodies[prompt] + "\nx = 1\n" if next(half) % 2 else " " * 12 + "return (\n" for prompt in prompts]
 
-    result = code.run(DOCUMENTS, 150, 1200, 1, complete, lambda around: ["    pass\n"] * len(around))
+    result = code.run(DOCUMENTS, 150, 1200, 1, complete, lambda around: ["        pass\n"] * len(around))
     rows = result["completion"]
     assert (result["functions"], result["documents"]) == (150, 10)
     assert rows[REAL]["compiles"]["value"] == 1
@@ -217,7 +236,8 @@ def test_an_empty_completion_is_none_even_after_a_docstring() -> None:
     for text in ("", "\n\n", "    # a comment\n", "\ndef another():\n    return 1\n"):
         rows = code.completion(found, lambda prompts, text=text: [text] * len(prompts), 1)  # type: ignore[misc]
         assert rows[MODEL]["compiles"]["value"] == 0
-    rows = code.completion(found, lambda prompts: ["    pass\n"] * len(prompts), 1)
+    short = {code.prompt(function): f"{function.indent}    pass\n" for function in found}
+    rows = code.completion(found, lambda prompts: [short[prompt] for prompt in prompts], 1)
     assert rows[MODEL]["compiles"]["value"] == 1
 
 

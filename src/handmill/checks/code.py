@@ -1,12 +1,13 @@
 """Models of code: how often a Python function that they complete, or whose gap they fill, parses and compiles.
 
-Held-out functions are given to the model as signature and docstring, or with some of their lines missing. Nothing is
-ever run: `compile` alone sees the texts, and only short ones. Syntax says nothing of sense (`pass` is a correct body),
-so each share stands beside those of the real text and of lines put together without any knowledge.
+Held-out functions are given to the model where they stand in their file, up to the end of their docstring, or with some
+of their lines missing. Nothing is ever run: `compile` alone sees the texts, and only short ones. Syntax says nothing of
+sense (`pass` is a correct body), so each share stands beside those of the real text and of lines put together without
+any knowledge.
 
-A completion ends where Python ends the block: before the first line that begins without indentation, comments and blank
-lines aside, outside of brackets, strings and lines that a backslash continues. One that runs on until the sampler stops
-it is taken as it is, and one that adds no statement to the docstring counts as failed.
+A completion ends where Python ends the block: before the first line that is indented no further than `def`, comments
+and blank lines aside, outside of brackets, strings and lines that a backslash continues. One that runs on until the
+sampler stops it is taken as it is, and one that adds no statement to the docstring counts as failed.
 """
 
 import ast
@@ -24,6 +25,7 @@ from handmill.data.order import draw, permute
 from handmill.errors import UserError
 
 LIMIT = 8_000  # characters that are compiled: within it nesting of any kind ends in an error, soon and without a crash
+AROUND = 4_000  # characters of the file that are shown on either side, at most
 DOCUMENT = 200_000  # characters of a held-out document, which is the user's own, at most
 MODEL, REAL, SHUFFLED = "this model", "the real text", "its lines shuffled"  # rows of the tables
 NOTHING, ANOTHER = "nothing", "another's lines"
@@ -37,12 +39,15 @@ Fill = Callable[[list[tuple[str, str]]], list[str]]  # texts before and after ->
 
 
 class Function(NamedTuple):
-    """A function of a held-out document, without the indentation of its `def`."""
+    """A function of a held-out document; `head` and `body` are without the indentation of its `def`."""
 
     document: int
     head: str  # from `def` to the end of the docstring, or to the line before the first statement
     body: str  # the lines after that
     documented: bool
+    indent: str = ""  # of its `def`
+    above: str = ""  # of the document
+    below: str = ""
 
 
 class Syntax(NamedTuple):
@@ -54,7 +59,7 @@ class Syntax(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """A function with some lines taken out."""
+    """The lines of a function, some of which are taken out."""
 
     before: str
     middle: str
@@ -82,8 +87,9 @@ def completion(found: Sequence[Function], complete: Complete, seed: int) -> dict
 
     Row -> "parses", "compiles", and for the model "ends": how many came to the end of their block by themselves.
     """
-    made = complete([function.head for function in found])
+    made = complete([prompt(function) for function in found])
     assert len(made) == len(found), (len(made), len(found))
+    made = [outdented(text, function.indent) for function, text in zip(found, made, strict=True)]
     shuffled = [_shuffled(function.body, draw(seed, "lines", i)) for i, function in enumerate(found)]
     rows = ((MODEL, made), (REAL, [function.body for function in found]), (SHUFFLED, shuffled))
     shares: dict[str, Any] = {name: _continued(found, texts) for name, texts in rows}
@@ -97,8 +103,9 @@ def middle(found: Sequence[Function], fill: Fill, seed: int) -> dict[str, Any]:
     Row -> "parses", "compiles", and for the model "exact": how many are the real lines but for white space at the end.
     """
     gaps = [gap(function, draw(seed, "gap", i)) for i, function in enumerate(found)]
-    made, real = fill([(before, after) for before, _, after in gaps]), [lines for _, lines, _ in gaps]
+    made, real = fill([around(*pair) for pair in zip(found, gaps, strict=True)]), [lines for _, lines, _ in gaps]
     assert len(made) == len(found), (len(made), len(found))
+    made = [outdented(text, function.indent) for function, text in zip(found, made, strict=True)]
     rows = ((MODEL, made), (REAL, real), (NOTHING, [""] * len(gaps)), (ANOTHER, real[1:] + real[:1]))
     shares = {name: _shares([syntax(before + text + after)
                              for (before, _, after), text in zip(gaps, texts, strict=True)]) for name, texts in rows}
@@ -120,7 +127,30 @@ def functions(documents: Sequence[str], count: int, longest: int, seed: int) -> 
                 if len(function.head + function.body) <= min(longest, LIMIT)]
         order = permute(np.arange(len(some)), max(1, len(some)), draw(seed, "functions", number))
         each += [[some[i] for i in order]] if some else []
-    return list(dict.fromkeys(function for turn in zip_longest(*each) for function in turn if function))[:count]
+    once = {function[:3]: function for turn in zip_longest(*each) for function in turn if function}
+    return list(once.values())[:count]
+
+
+def prompt(function: Function) -> str:
+    """The document up to where the body begins, or the last of it."""
+    return (function.above + indented(function.head, function.indent))[-AROUND:]
+
+
+def around(function: Function, lines: Gap) -> tuple[str, str]:
+    """The document before and after a gap, as far as it is shown."""
+    return ((function.above + indented(lines.before, function.indent))[-AROUND:],
+            (indented(lines.after, function.indent) + function.below)[:AROUND])
+
+
+def indented(text: str, indent: str) -> str:
+    """Its lines that are not blank, further in."""
+    return "".join(indent * bool(line.strip()) + line for line in text.splitlines(keepends=True))
+
+
+def outdented(text: str, indent: str) -> str:
+    """Its lines further out; one that is not so far in begins at the margin."""
+    return "".join(line.removeprefix(indent) if line.startswith(indent) else line.lstrip(" \t")
+                   for line in text.splitlines(keepends=True))
 
 
 def block(text: str) -> tuple[str, bool]:
@@ -267,4 +297,5 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str], do
     indent = lines[node.lineno - 1][:node.col_offset]
     head, body = ("".join(line.removeprefix(indent) for line in part)
                   for part in (lines[node.lineno - 1:split], lines[split:node.end_lineno]))
-    return Function(document, head, body, documented)
+    above, below = "".join(lines[:node.lineno - 1]), "".join(lines[node.end_lineno:])
+    return Function(document, head, body, documented, indent, above, below)

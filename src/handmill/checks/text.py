@@ -241,10 +241,11 @@ def _code(ground: _Ground) -> dict[str, Any]:
     if not settings.functions:
         return {}
 
-    def complete(heads: list[str]) -> list[str]:
+    def complete(prompts: list[str]) -> list[str]:
         # as in the midst of a file, for few begin with a function
-        return _made(ground, [model.codec.encode(head).tolist() for head in heads], settings.function_tokens,
-                     "functions")
+        room = max(1, model.recipe.network.context - settings.function_tokens)
+        return _made(ground, [model.codec.encode(prompt).tolist()[-room:] for prompt in prompts],
+                     settings.function_tokens, "functions")
 
     def fill(gaps: list[tuple[str, str]]) -> list[str]:
         new = min(settings.function_tokens, filling.longest(model.recipe))

@@ -10,15 +10,16 @@ It is done to training windows, not to whole documents, for a window would hold 
 middle: the paper finds this context-level form the better. Cuts fall on characters, so that a prompt may stop within a
 word, and the three parts are encoded apart, as sampling encodes them. Held-out text stays in its own order.
 
-The middle's length is drawn evenly on a logarithmic scale, from a character to the whole text, and its place evenly.
-The paper draws both cuts evenly, which makes most middles a third of the window: a model that seldom sees one end
-writes on where a line was asked for.
+What is cut is the text from an evenly drawn token on; before it the text goes on in its own order. Else a middle would
+always end as far from its prefix mark as the window is long, and a model waits for that. The middle's length is drawn
+evenly on a logarithmic scale, from a character to all of it, and its place evenly. The paper draws both cuts evenly,
+which makes most middles a third of the window: a model that seldom sees one end writes on where a line was asked for.
 
 The middle ends with `end`: that of the next document, or one put at the window's close. `end` stands in front only
 where the document begins. The marks need room, which a window takes from the text that would outgrow it: from the end
 of the suffix, then from the beginning of the prefix, never from the middle.
 
-N windows, T context, P texts of a window at most.
+N windows, T context, P texts of a window at most, each with DRAWS numbers from [0, 1).
 """
 
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ from handmill.errors import UserError
 from handmill.media.tokenizers import Tokenizer
 
 NAMES = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # for codec.special; other programs know them too
+DRAWS = 5  # whether, in which order, from which token on, how long, where
+_WITHIN = tuple(bytes([byte]) for byte in range(0x80, 0xC0))  # bytes of UTF-8 that no character begins with
 Ids = NDArray[Any]  # tokens, of any integer type
 
 
@@ -79,12 +82,12 @@ class Middle:
         """Windows (N, T + 1) int64 on the CPU that stand at `places` (N,) of the endless order: (N, T + 1) int64."""
         rows = windows.numpy()
         texts = 1 + int((rows == self.codec.end).sum(1).max(initial=0))  # P
-        chances = uniform(self.key, torch.from_numpy(places), 4 * texts).numpy().reshape(len(rows), texts, 4)
+        chances = uniform(self.key, torch.from_numpy(places), DRAWS * texts).numpy().reshape(len(rows), texts, DRAWS)
         return torch.from_numpy(np.array([self._row(*pair) for pair in zip(rows, chances, strict=True)], np.int64)
                                 .reshape(rows.shape))
 
     def _row(self, row: Ids, chances: NDArray[np.float32]) -> Ids:
-        """A window (T + 1,) and `chances` (P, 4). One that would come out too short stays as it is, which is rare."""
+        """A window (T + 1,), `chances` (P, DRAWS). One that would come out too short stays as it is, which is rare."""
         made, room = [row[:0]], len(row)
         for text, chance in zip(np.split(row, np.flatnonzero(row == self.codec.end) + 1), chances, strict=False):
             made.append(self._text(text, chance, room))
@@ -95,16 +98,21 @@ class Middle:
         """A text with its middle last, and `end`; as it is where chance leaves it so, or the marks find no room."""
         if chance[0] >= self.rate:
             return text
-        # a window may begin and end within a character, whose bytes are left out
-        characters = b"".join([self.codec.token_bytes[token] for token in text.tolist()]).decode("utf-8", "ignore")
-        if not characters:
-            return text
-        a, b = cuts(len(characters), *chance[2:].tolist())
-        parts = Parts(*encoded(self.codec, (characters[:a], characters[a:b], characters[b:])))
-        short = shortened(parts, sum(map(len, parts)) + len(self.marks) + 1 - room)
-        if short is None:
-            return text
-        return np.append(arranged(short, self.marks, bool(chance[1] < self.suffix_first)), self.codec.end)
+        spelled = [self.codec.token_bytes[token] for token in text.tolist()]
+        first = int(chance[2] * len(text))
+        while first and spelled[first][:1] in _WITHIN:
+            first -= 1
+        for begin in {first: None, 0: None}:
+            # a window may begin and end within a character, whose bytes are left out
+            characters = b"".join(spelled[begin:]).decode("utf-8", "ignore")
+            a, b = cuts(len(characters), *chance[3:].tolist())
+            parts = Parts(*encoded(self.codec, (characters[:a], characters[a:b], characters[b:])))
+            short = shortened(parts, begin + sum(map(len, parts)) + len(self.marks) + 1 - room)
+            hole = begin and short is not None and len(short.prefix) < len(parts.prefix)
+            if characters and short is not None and not hole:
+                made = arranged(short, self.marks, bool(chance[1] < self.suffix_first))
+                return np.concatenate((text[:begin], made, [self.codec.end]))
+        return text
 
 
 def cuts(length: int, scale: float, place: float) -> tuple[int, int]:
@@ -166,4 +174,4 @@ def assembled(codec: Tokenizer, tokens: Sequence[int]) -> str:
     places = [np.flatnonzero(row == mark) for mark in marks(codec)]
     assert all(len(place) == 1 for place in places), "there is one of each mark"
     (prefix,), (suffix,), (middle,) = places
-    return codec.decode(row[prefix:suffix]) + codec.decode(row[middle:]) + codec.decode(row[suffix:middle])
+    return "".join(codec.decode(part) for part in (row[:prefix], row[prefix:suffix], row[middle:], row[suffix:middle]))
