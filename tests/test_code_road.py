@@ -142,7 +142,7 @@ def test_wrong_settings_are_named(wrong: dict[str, int]) -> None:
 
 
 def test_what_a_model_that_writes_python_reaches(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts are tokens that open no document and end with a head, gaps have their marks; `pass` compiles after any."""
+    """Prompts are tokens that open no document and end with a head, gaps have marks; `pass` compiles after any."""
     sources = [(trained.parent / "library" / f"{name}.py").read_text() for name in MODULES]
     known = [(code.prompt(function), function.indent) for function in code.functions(sources, 10**6, 1200, 1)]
     heads: list[str] = []
