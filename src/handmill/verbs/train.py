@@ -49,7 +49,7 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
         prepared = data.prepare(recipe, out.parent / ".prepared", progress=False)
     network, codec, task = assemble(recipe, prepared, device, out)
     saved, made_of = checkpoint.newest_facts(out / "checkpoints"), sources(prepared, codec)
-    if saved and saved["made_of"] != made_of:
+    if saved and saved.get("made_of", made_of) != made_of:
         changed = sorted(key for key in made_of if saved["made_of"].get(key) != made_of[key])
         raise UserError(f"the {' and the '.join(changed)} changed since the run in {out} began: put it back as it was, "
                         "choose another folder with --out, or delete this one to begin again")
