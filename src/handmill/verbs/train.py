@@ -49,10 +49,7 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
         prepared = data.prepare(recipe, out.parent / ".prepared", progress=False)
     network, codec, task = assemble(recipe, prepared, device, out)
     saved, made_of = checkpoint.newest_facts(out / "checkpoints"), sources(prepared, codec)
-    if saved and saved.get("made_of", made_of) != made_of:
-        changed = sorted(key for key in made_of if saved["made_of"].get(key) != made_of[key])
-        raise UserError(f"the {' and the '.join(changed)} changed since the run in {out} began: put it back as it was, "
-                        "choose another folder with --out, or delete this one to begin again")
+    refuse_other(made_of, saved, out)
     choices = Choices(**saved["choices"]) if saved else None
     torch.set_num_threads(choices.threads if choices else free_threads())
     made = plan.make(recipe, network, task, device, out, choices) if distributed.rank() == 0 else None
@@ -97,6 +94,14 @@ def sources(prepared: Any, codec: Any) -> dict[str, str]:
     trained = getattr(codec, "model", None)
     weights = {"codec": trained.receipt["files"]["weights.safetensors"]["sha256"]} if trained is not None else {}
     return {"data": prepared.content, **weights}
+
+
+def refuse_other(made_of: dict[str, str], saved: dict[str, Any] | None, out: Path) -> None:
+    """Raise UserError where a run that is gone on with began with other data, or another codec."""
+    before = (saved or {}).get("made_of", made_of)
+    if changed := [name for name in made_of if before.get(name) != made_of[name]]:
+        raise UserError(f"the {' and the '.join(changed)} changed since the run in {out} began: put it back as it was, "
+                        "choose another folder with --out, or delete this one to begin again")
 
 
 def claim(out: Path, recipe: Recipe, held: ExitStack) -> None:
