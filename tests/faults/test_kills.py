@@ -67,6 +67,18 @@ def test_a_killed_run_ends_as_one_that_was_not(name: str, home: Path) -> None:
     assert steps_told(out) == [*range(1, STEPS + 1)]
 
 
+def test_a_kill_between_the_seal_and_the_name_of_a_checkpoint(home: Path) -> None:
+    """It gets its name, and the metrics up to it stay."""
+    out = home / "runs" / "gpt-nameless"
+    command, log = harness.words("gpt", home, out), home / "gpt.log"
+    harness.finish(command, log)
+    last = out / "checkpoints" / f"step-{STEPS}"
+    last.rename(last.with_name(f"{last.name}.tmp"))
+    assert f"going on from step {STEPS}" in harness.finish(command, log)
+    assert steps_told(out) == [*range(1, STEPS + 1)]
+    assert harness.hashes(out) == uninterrupted("gpt", home)
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("name", FAMILIES)
 def test_twenty_kills(name: str, home: Path) -> None:

@@ -99,7 +99,7 @@ def left_over(checkpoints: Path, began: float) -> list[str]:
 
 def cut_saves(home: Path, kills: int) -> Counter[str]:
     """Saves of one run cut off `kills` times, evenly over their duration; how far they had come."""
-    out, straight = home / "runs" / "often", home / "runs" / "often-straight"
+    out, straight = home / "runs" / f"often-{kills}", home / "runs" / f"often-{kills}-straight"
     command, found, took, newest = harness.words("lstm", home, out, *OFTEN), Counter[str](), [], 0
     for kill in range(kills):
         if newest > 100:

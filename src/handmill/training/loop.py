@@ -402,9 +402,6 @@ class Run:
 
     def resume(self, last: int | None = None) -> bool:
         """Go on from the newest whole checkpoint, if there is one, up to that of step `last`."""
-        with distributed.first() as mine:
-            if mine:
-                checkpoint.clear_leftovers(self.folder)
         found = checkpoint.load(self.folder, last)
         if found is None:
             return False

@@ -44,6 +44,7 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
     with distributed.first() as mine:
         if mine:
             claim(out, recipe, held)
+            checkpoint.clear_leftovers(out / "checkpoints")
             prepared = data.prepare(recipe, out.parent / ".prepared", progress=not quiet)
     if distributed.rank() > 0:
         prepared = data.prepare(recipe, out.parent / ".prepared", progress=False)
