@@ -236,7 +236,8 @@ def test_a_model_learns_to_fill(tmp_path: Path) -> None:
     """Lines that say the same number before and after the gap, so that only who reads both sides knows the end."""
     settings = ["network.layers=2", "network.width=64", "network.heads=2", "network.context=64", "codec.kind=byte",
                 "training.steps=300", "training.batch=32", "training.evaluate_every=300", "training.sample_every=0",
-                "training.precision=fp32", "data.document=line", "data.near_duplicates=0", "objective.middle=0.9"]
+                "training.precision=fp32", "data.document=line", "data.near_duplicates=0", "objective.middle=0.9",
+                "objective.suffix_first=0.5"]
     text = tmp_path / "lines.txt"
     text.write_text("".join(f"<{a}{b}|{a}{b}>\n" for a in "abcdefghijklmnopqrst" for b in "abcdefghijklmnopqrst"))
     recipe = tmp_path / "r.toml"

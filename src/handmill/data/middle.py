@@ -14,6 +14,7 @@ What is cut is the text from an evenly drawn token on; before it the text goes o
 always end as far from its prefix mark as the window is long, and a model waits for that. The middle's length is drawn
 evenly on a logarithmic scale, from a character to all of it, and its place evenly. The paper draws both cuts evenly,
 which makes most middles a third of the window: a model that seldom sees one end writes on where a line was asked for.
+A share of the middles are whole lines instead, as many as the same draw says: a small model soon learns these ends.
 
 The middle ends with `end`: that of the next document, or one put at the window's close. `end` stands in front only
 where the document begins. The marks need room, which a window takes from the text that would outgrow it: from the end
@@ -22,6 +23,7 @@ of the suffix, then from the beginning of the prefix, never from the middle.
 N windows, T context, P texts of a window at most, each with DRAWS numbers from [0, 1).
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -36,7 +38,7 @@ from handmill.errors import UserError
 from handmill.media.tokenizers import Tokenizer
 
 NAMES = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # for codec.special; other programs know them too
-DRAWS = 5  # whether, in which order, from which token on, how long, where
+DRAWS = 6  # whether, in which order, from which token on, how long, where, of lines or of characters
 _WITHIN = tuple(bytes([byte]) for byte in range(0x80, 0xC0))  # bytes of UTF-8 that no character begins with
 Ids = NDArray[Any]  # tokens, of any integer type
 
@@ -67,15 +69,14 @@ def marks(codec: Tokenizer) -> Marks:
 
 class Middle:
     """Puts the middle last in a share `rate` of the texts in training windows, in `suffix_first` of these after the
-    prefix and the suffix before both.
+    prefix and the suffix before both, in `lines` of these a middle of whole lines.
 
     What becomes of a window is a pure function of (seed, place, window). Raises UserError for a codec without marks.
     """
 
-    def __init__(self, codec: Tokenizer, seed: int, rate: float, suffix_first: float = 0.0) -> None:
-        assert 0 <= rate <= 1, rate
-        assert 0 <= suffix_first <= 1, suffix_first
-        self.codec, self.rate, self.suffix_first = codec, rate, suffix_first
+    def __init__(self, codec: Tokenizer, seed: int, rate: float, suffix_first: float = 0.0, lines: float = 0.0) -> None:
+        assert all(0 <= share <= 1 for share in (rate, suffix_first, lines)), (rate, suffix_first, lines)
+        self.codec, self.rate, self.suffix_first, self.lines = codec, rate, suffix_first, lines
         self.marks, self.key = marks(codec), draw(seed, "middle")
 
     def __call__(self, windows: Tensor, places: NDArray[np.int64]) -> Tensor:
@@ -105,7 +106,7 @@ class Middle:
         for begin in {first: None, 0: None}:
             # a window may begin and end within a character, whose bytes are left out
             characters = b"".join(spelled[begin:]).decode("utf-8", "ignore")
-            a, b = cuts(len(characters), *chance[3:].tolist())
+            a, b = (line_cuts if chance[5] < self.lines else cuts)(characters, *chance[3:5].tolist())
             parts = Parts(*encoded(self.codec, (characters[:a], characters[a:b], characters[b:])))
             short = shortened(parts, begin + sum(map(len, parts)) + len(self.marks) + 1 - room)
             hole = begin and short is not None and len(short.prefix) < len(parts.prefix)
@@ -115,11 +116,20 @@ class Middle:
         return text
 
 
-def cuts(length: int, scale: float, place: float) -> tuple[int, int]:
-    """Where the middle of a text of `length` characters begins and ends, for two numbers drawn evenly from [0, 1)."""
-    inside = min(length, int((length + 1) ** scale))
-    before = int(place * (length - inside + 1))
+def cuts(text: Sequence[Any], scale: float, place: float) -> tuple[int, int]:
+    """Where the middle of a text begins and ends, for two numbers drawn evenly from [0, 1)."""
+    inside = min(len(text), int((len(text) + 1) ** scale))
+    before = int(place * (len(text) - inside + 1))
     return before, before + inside
+
+
+def line_cuts(text: str, scale: float, place: float) -> tuple[int, int]:
+    """The same of a middle that is some of the text's whole lines; where it has none, as above."""
+    ends = [found.end() for found in re.finditer("\n", text)]
+    if len(ends) < 2:
+        return cuts(text, scale, place)
+    first, last = cuts(ends[1:], scale, place)
+    return ends[first], ends[last]
 
 
 def encoded(codec: Tokenizer, texts: Sequence[str]) -> list[Ids]:

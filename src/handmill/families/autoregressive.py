@@ -33,9 +33,10 @@ class Objective:
     # music, of the windows in which a condition is
     middle: float = 0.0  # share of a text's training windows that are learnt with their middle last; 0: none
     suffix_first: float = 0.5  # share of these in which the suffix stands before the prefix
+    middle_lines: float = 0.0  # share of these whose middle is whole lines; the others are cut anywhere
 
     def __post_init__(self) -> None:
-        within(self, 0.0, 1.0, "label_dropout", "middle", "suffix_first")
+        within(self, 0.0, 1.0, "label_dropout", "middle", "suffix_first", "middle_lines")
 
 
 @dataclass(frozen=True)

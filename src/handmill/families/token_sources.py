@@ -67,7 +67,8 @@ def of_text(codec: Any, packed: Any, recipe: Recipe, out: Path, streamed: bool) 
     if streamed:
         raise UserError("objective.middle goes with windows that stand alone, and this network carries its state from "
                         "one to the next: set it to 0, or network.memory = 0")
-    windows, middle = source.batch, Middle(codec, recipe.seed, rate, recipe.objective.suffix_first)
+    windows, middle = source.batch, Middle(codec, recipe.seed, rate, recipe.objective.suffix_first,
+                                             recipe.objective.middle_lines)
 
     def batch(places: Places) -> Tensor:
         some = windows(places)
