@@ -115,7 +115,7 @@ def test_windows_of_one_long_document_are_turned_to_the_last_token() -> None:
     rows = Middle(codec, 1, 1.0)(windows.batch(places), places).numpy()
     assert np.mean(rows[:, -1] == codec.end) > 0.95
     begin = np.argmax(rows == codec.special[NAMES[0]], 1)[rows[:, -1] == codec.end]
-    assert all(((begin >= low) & (begin < low + 15)).mean() > 0.05 for low in (0, 15, 30, 45))  # no fixed way to the end
+    assert all(((begin >= low) & (begin < low + 15)).mean() > 0.05 for low in (0, 15, 30, 45))  # no fixed way
 
 
 @KINDS
