@@ -20,7 +20,7 @@ def temperatures(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers: write for example 0.8,1,1,1") from None
 
 
-LIBRARIES = 800 << 20  # bytes of addresses that torch and what `train` loads take: measured, CPU build of torch 2.13
+LIBRARIES = 1000 << 20  # bytes of addresses that torch and what `train` loads take: measured, CPU build of torch 2.13
 OVERRIDES = "recipe keys to override, for example training.steps=500"
 SAMPLING: dict[str, tuple[Any, str]] = {  # option of generate -> its type and what it does
     "temperature": (float, "0: always the likeliest token"), "top_k": (int, "tokens to choose from"),
@@ -334,15 +334,20 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     return top, verbs.choices
 
 
-def _room_for_libraries() -> None:
-    """Raises UserError where `ulimit -v` leaves too little for the libraries, which would crash while they load."""
+def _limit() -> float:
+    """Bytes of addresses that this process may have (ulimit -v); inf: as many as there are."""
     if sys.platform == "win32":
-        return
+        return float("inf")
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY and limit < LIBRARIES:
-        raise UserError(f"the limit of memory (ulimit -v) is {limit >> 20} MB, and the libraries alone take "
+    return float("inf") if limit == resource.RLIM_INFINITY else limit
+
+
+def _room_for_libraries() -> None:
+    """Raises UserError where `ulimit -v` leaves too little for the libraries, which would crash while they load."""
+    if _limit() < LIBRARIES:
+        raise UserError(f"the limit of memory (ulimit -v) is {int(_limit()) >> 20} MB, and the libraries alone take "
                         f"{LIBRARIES >> 20} MB of addresses: raise it")
 
 
@@ -366,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `handmill generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+    except (OSError, MemoryError, RuntimeError, ImportError, SystemError) as error:
         said = _sentence(error)
         if said is None:
             raise
@@ -377,7 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sentence(error: Exception) -> str | None:
     """What the user has to mend where the machine refused something; None where it is no such error."""
-    if is_out_of_memory(error):
+    torn = isinstance(error, ImportError | SystemError) and _limit() < float("inf")  # a library that was half loaded
+    if is_out_of_memory(error) or torn:
         return ("memory ran out: close other programs, raise the limit, or make training.batch, the network or what is "
                 "asked for smaller")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):

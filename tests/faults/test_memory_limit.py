@@ -1,6 +1,6 @@
 """`ulimit -v` below what a run needs: refused in a sentence before it begins; with just enough it runs to its end.
 
-What it needs is what a run without a limit took: the most memory that it was ever resident in.
+What it needs of memory is what a run without a limit took; of addresses, which are limited, it needs more (UNSEEN).
 """
 
 import json
@@ -16,7 +16,7 @@ import pytest
 WIDE = ("training.batch=2", "training.micro_batch=2", "training.optimizer='adamw'", "training.steps=2")
 RUNS = {"gpt": ("network.width=1024", "network.context=16"), "ddpm": ("network.width=256", "network.head_width=64"),
         "lstm": ("network.width=1024", "network.embedding=1024")}  # of 20 to 30 million parameters
-LEAST, MOST, LIMITS = 0.4, 0.95, 10  # of what is needed
+LEAST, MOST, LIMITS = 0.4, 1.2, 10  # addresses, as shares of the memory that is needed
 UNSEEN = 700 << 20  # bytes of address space that are never resident: libraries, stacks, the heap's reserve
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
 
@@ -67,7 +67,7 @@ def test_too_little_memory_is_refused_and_just_enough_is_not(home: Path, name: s
     code, said, begun = limited(name, home, int(max(actual, predicted) / 0.95) + UNSEEN)
     assert code == 0, said[-2000:]
     assert begun
-    harness.tell("memory limit below need", f"{name}, {LEAST:.0%} to {MOST:.0%} of {actual >> 20:,} MB",
+    harness.tell("memory limit below need", f"{name}, ulimit -v of {LEAST:.0%} to {MOST:.0%} of the {actual >> 20:,} MB it takes",
                  f"refused {count} of {count} before the first step, in one sentence; with enough it ran")
 
 
