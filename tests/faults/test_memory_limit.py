@@ -67,7 +67,8 @@ def test_too_little_memory_is_refused_and_just_enough_is_not(home: Path, name: s
     code, said, begun = limited(name, home, int(max(actual, predicted) / 0.95) + UNSEEN)
     assert code == 0, said[-2000:]
     assert begun
-    harness.tell("memory limit below need", f"{name}, ulimit -v of {LEAST:.0%} to {MOST:.0%} of the {actual >> 20:,} MB it takes",
+    harness.tell("memory limit below need",
+                 f"{name}, ulimit -v of {LEAST:.0%} to {MOST:.0%} of the {actual >> 20:,} MB it takes",
                  f"refused {count} of {count} before the first step, in one sentence; with enough it ran")
 
 
