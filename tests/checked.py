@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from handmill import folder, recipe
-from handmill.media import text
+from handmill.data import prepare
 from handmill.networks import build
 
 WORDS = "river stone lamp quiet garden winter candle harbour copper meadow thunder velvet orchard mirror pocket"
@@ -30,7 +30,7 @@ def write(where: Path, name: str = "tiny", codec: str = "byte", lines: int = 400
     network = {"kind": "decoder", "layers": 1, "width": 16, "heads": 2, "context": 32}
     made = recipe.parse({"name": name, "medium": "text", "family": "autoregressive", "data": table | (data or {}),
                          "codec": {"kind": codec}, "network": network, "check": {"samples": 8, "sample_tokens": 80}})
-    packed = text.prepare(made, where / ".prepared", progress=False)
+    packed = prepare(made, where / ".prepared", progress=False)
     torch.manual_seed(1)
     weights = folder.weights_of(build(made.network, packed.codec()))
     weights = {key: weight + 0.1 * torch.randn_like(weight) for key, weight in weights.items()}

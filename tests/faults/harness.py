@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -121,6 +122,8 @@ def forked(command: list[str], log: Path, tell: Connection | None = None) -> For
 def _main(arguments: list[str], log: Path, tell: Connection | None) -> None:
     from handmill import cli
 
+    for number in (signal.SIGINT, signal.SIGHUP):  # which who started the tests may have had ignored
+        signal.signal(number, signal.SIG_DFL)
     stream = log.open("a", encoding="utf-8", buffering=1)
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)

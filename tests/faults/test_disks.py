@@ -80,7 +80,9 @@ def read_only(out: Path, process: Any) -> Iterator[None]:
     if subprocess.run(["mount", "--bind", folder, folder], capture_output=True).returncode:
         pytest.skip("this system does not let a test mount a folder")
     try:
-        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+        remount, end = ["mount", "-o", "remount,ro,bind", folder], time.monotonic() + 60
+        while subprocess.run(remount, capture_output=True).returncode:  # busy while a file in it is being written
+            assert time.monotonic() < end
         yield
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)

@@ -544,7 +544,7 @@ def stop_signals(run: Run) -> Iterator[None]:
     previous = {}
     try:
         for number in (signal.SIGTERM, signal.SIGINT, HANGUP):
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            if number is not None and (number != HANGUP or signal.getsignal(number) != signal.SIG_IGN):  # nohup's
                 previous[number] = signal.signal(number, stop)
     except ValueError:  # not the main thread: signals are the caller's
         pass
