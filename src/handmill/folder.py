@@ -14,7 +14,6 @@ never ends or is no plain file; and a network is built only where the weights be
 
 import os
 import shutil
-import tempfile
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -75,8 +74,7 @@ def write(path: Path, recipe: Recipe, weights: Mapping[str, Tensor], codec: Any,
     path.mkdir(parents=True, exist_ok=True)
     (path / "receipt.json").unlink(missing_ok=True)
     write_text(path / "recipe.toml", tomli_w.dumps(recipe.table()))
-    with tempfile.NamedTemporaryFile(dir=path, delete=False) as file:
-        staged = Path(file.name)
+    staged = path / "weights.safetensors.tmp"  # one that a kill leaves is written over by the next run
     save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, staged)
     staged.chmod(0o644)
     os.replace(staged, path / "weights.safetensors")

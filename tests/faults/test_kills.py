@@ -12,7 +12,7 @@ import harness
 import pytest
 from harness import FAMILIES, STEPS
 
-from handmill.training import checkpoint
+from handmill.training import checkpoint, plan
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,11 @@ def test_a_kill_between_the_seal_and_the_name_of_a_checkpoint(home: Path) -> Non
     harness.finish(command, log)
     last = out / "checkpoints" / f"step-{STEPS}"
     last.rename(last.with_name(f"{last.name}.tmp"))
+    (out / f"{plan.TRIAL}x" / "step-0.tmp").mkdir(parents=True)  # and one in the plan's trial, at another time
     assert f"going on from step {STEPS}" in harness.finish(command, log)
     assert steps_told(out) == [*range(1, STEPS + 1)]
     assert harness.hashes(out) == uninterrupted("gpt", home)
+    assert not [*out.glob(".*")]
 
 
 @pytest.mark.faults

@@ -42,6 +42,7 @@ LONGEST = 1.0  # seconds of one probed pass; a larger batch is extrapolated
 PROBE_SHARE, PROBE_SECONDS = 0.004, 1.0  # of the run, and at most: the repeats of a short pass
 SLOWER = 1.25  # times as slow, and a single repeat has settled it
 FASTER = 0.95  # of the eager step: less than this and the compiled one is kept
+TRIAL = ".handmill-"  # how the folder of a trial checkpoint begins
 WRITTEN = 8 << 20  # bytes that time a save, at most
 SAVE_SHARE, SAVE_SECONDS = 0.03, 10.0  # of the training time: checkpoints that take more are worth a word
 LINE = 200  # bytes of metrics.jsonl a step
@@ -526,7 +527,7 @@ def save_seconds(out: Path, real: Rehearsal) -> float:
         sample[str(i)] = p.detach().flatten()[: left // p.element_size()]
         left -= sample[str(i)].nbytes
     try:
-        with tempfile.TemporaryDirectory(dir=existing(out), prefix=".handmill-") as scratch:
+        with tempfile.TemporaryDirectory(dir=existing(out), prefix=TRIAL) as scratch:
             start = time.perf_counter()
             checkpoint.save(Path(scratch), 0, {"probe": sample}, {}, 1)
             seconds = time.perf_counter() - start

@@ -44,7 +44,7 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
     with distributed.first() as mine:
         if mine:
             claim(out, recipe, held)
-            checkpoint.clear_leftovers(out / "checkpoints")
+            clear_leftovers(out)
             prepared = data.prepare(recipe, out.parent / ".prepared", progress=not quiet)
     if distributed.rank() > 0:
         prepared = data.prepare(recipe, out.parent / ".prepared", progress=False)
@@ -95,6 +95,13 @@ def sources(prepared: Any, codec: Any) -> dict[str, str]:
     trained = getattr(codec, "model", None)
     weights = {"codec": trained.receipt["files"]["weights.safetensors"]["sha256"]} if trained is not None else {}
     return {"data": prepared.content, **weights}
+
+
+def clear_leftovers(out: Path) -> None:
+    """Remove what a run that was killed left half done."""
+    checkpoint.clear_leftovers(out / "checkpoints")
+    for trial in out.glob(f"{plan.TRIAL}*"):
+        shutil.rmtree(trial, ignore_errors=True)
 
 
 def refuse_other(made_of: dict[str, str], saved: dict[str, Any] | None, out: Path) -> None:
