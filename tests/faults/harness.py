@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import cache
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -45,12 +46,16 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "transformer-xl": ("transformer-xl", *TEXT, *DECODER, "network.context=16", "network.memory=24"),
     "lstm": ("lstm", *TEXT, "network.width=16", "network.embedding=16", "network.context=16"),
     "vae": ("vae", *IMAGES, "network.width=8", "network.latent=4", "training.micro_batch=4", "training.ema=0.9"),
+    "vqvae": ("vqvae", *IMAGES, "network.width=8", "network.latent=4", "network.codes=16"),
     "ddpm": ("ddpm", *IMAGES, "network.width=8", "network.groups=4", "network.head_width=8", "network.dropout=0.1",
              "sampling.steps=4"),
     "cgan": ("cgan", *IMAGES, "network.width=8", "network.most=16", "network.latent=8", "objective.r1_every=2",
              "network.discriminator_norm='batch'"),
+    "stylegan2": ("stylegan2", *IMAGES, "network.width=8", "network.most=8", "network.discriminator_width=8",
+                  "network.latent=8", "network.style=8", "objective.r1_every=2", "objective.path_every=3",
+                  "objective.augment=['shift', 'brightness']"),
 }
-SEQUENCES = ("gpt", "transformer-xl", "lstm")
+SEQUENCES, JUDGED = ("gpt", "transformer-xl", "lstm"), ("cgan", "stylegan2")
 PRELOADED = ["torch._dynamo", "torch._subclasses.fake_tensor", "torch.distributed._tools.mem_tracker", "psutil",
              "matplotlib.pyplot", "handmill.cli", "handmill.verbs.train", "handmill.data.text_prepare",
              "handmill.data.image_prepare", "handmill.checks.text", "handmill.checks.image",
@@ -74,7 +79,7 @@ def words(name: str, folder: Path, out: Path, *overrides: str) -> list[str]:
     recipe, *tiny = FAMILIES[name]
     paths = folder / ("texts" if name in SEQUENCES else "images")
     settings = [*COMMON, *tiny, f"data.paths=['{paths}']", *overrides]
-    if name == "cgan":
+    if name in JUDGED:
         _judge(recipes.read(recipe, settings), out.parent / ".prepared")
     return [sys.executable, "-m", "handmill", "train", recipe, *settings, "--out", str(out)]
 
@@ -182,6 +187,14 @@ def hashes(out: Path) -> str:
         for name, value in sorted(load_file(file).items()):
             digest.update(f"{file.name} {name} {value.dtype} {value.shape}".encode() + value.tobytes())
     return digest.hexdigest()
+
+
+@cache
+def hash_of(name: str, home: Path, run: str, *overrides: str) -> str:
+    """`hashes` of a run of this name that nothing disturbs."""
+    out = home / "runs" / f"{name}-{run}"
+    finish(words(name, home, out, *overrides), home / f"{name}-{run}.log")
+    return hashes(out)
 
 
 def wait_for(path: Path, process: Any, timeout: float = 300.0) -> None:

@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+from datetime import date
 from pathlib import Path
 
 HEAD = """# Faults
@@ -19,6 +20,8 @@ What a run survives, how, and what was done to real runs of every family to see 
   written is passed over with a line that names the file, and the one before is taken (`training.keep` of them stay).
 - **A model folder is sealed too**: its receipt vouches for every file, and for itself. Nothing in a folder or archive
   from elsewhere is trusted: no pickle is opened, no link followed, no path leads out, no size is believed.
+- **Prepared data are there whole or not at all, and as they were written**: their checksums are compared when a run
+  begins, and what is damaged is prepared again. A run never goes on with other data than it began with.
 - **What can be known is said before training**: disk, memory, permissions, a folder that another process trains into,
   data that changed since the run began.
 - **Numbers that are not finite never reach the weights**: the batch is skipped and named with its step and process;
@@ -32,8 +35,7 @@ What a run survives, how, and what was done to real runs of every family to see 
 
 A power cut (files and folders are flushed in order, and no test pulled a plug); several machines, and NCCL, which
 needs GPUs: all processes below are of one machine and talk through gloo; a network disk; a GPU's own errors; Windows.
-Prepared data are checked by their size, not by their content, when a run begins. No experiment tracker is part of
-training, so none can stop it.
+No experiment tracker is part of training, so none can stop it.
 
 ## What was done
 
@@ -62,8 +64,8 @@ def cell(text: str) -> str:
 def machine() -> str:
     import torch
 
-    return (f"Measured with Python {platform.python_version()} and torch {torch.__version__} on {platform.system()}, "
-            "OMP_NUM_THREADS=1.")
+    return (f"Measured on {date.today()} with Python {platform.python_version()} and torch {torch.__version__} on "
+            f"{platform.system()}, OMP_NUM_THREADS=1.")
 
 
 def main(file: Path) -> None:

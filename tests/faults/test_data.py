@@ -26,6 +26,7 @@ from PIL import Image
 
 from handmill import recipe as recipes
 from handmill.data import prepare
+from handmill.data.prepared import HASHES
 from handmill.errors import UserError
 from handmill.media import midi
 from handmill.media.scores import from_grid
@@ -307,3 +308,39 @@ def test_mutated_tables_of_captions_are_read_or_refused(tmp_path: Path, count: i
         times += refused("image", [images], tmp_path / f"cache{i}")
         (images / table).unlink()
     harness.tell("mutated files", "tables of captions", f"{count}: {times} refused in one sentence, the others read")
+
+
+# Prepared data that lie between two runs
+
+@pytest.mark.parametrize("count", [3, pytest.param(60, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("medium", KINDS)
+def test_prepared_data_that_are_damaged_are_prepared_again(tmp_path: Path, medium: str, count: int,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    """A bit of any of its files flipped, or a file cut or gone; the data are then what they were before."""
+    chance, folder = random.Random(f"{medium} {count}"), good(medium, tmp_path / "in")
+    first = prepared(medium, folder, tmp_path / "cache")
+    made, content, files = first.folder, first.content, sorted(f for f in first.folder.rglob("*") if f.is_file())
+    inode, times = made.stat().st_ino, 0
+    assert prepared(medium, folder, tmp_path / "cache").folder.stat().st_ino == inode  # sound ones stay
+    for i in range(count):
+        file = chance.choice([file for file in files if file.stat().st_size])
+        data = bytearray(file.read_bytes())
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        if i % 3 == 0:
+            file.write_bytes(data)
+        elif i % 3 == 1:
+            file.write_bytes(data[:chance.randrange(len(data))])
+        else:
+            file.unlink()
+        capsys.readouterr()
+        again = prepared(medium, folder, tmp_path / "cache")
+        assert again.folder.stat().st_ino != inode, file.name
+        assert again.content == content
+        said = capsys.readouterr().err
+        assert said.startswith(f"warning: {made}/")
+        assert said.endswith("is not as it was written: the data are prepared again\n")
+        assert file.name in said or file.name == HASHES  # whose hash of another file may be what changed
+        inode, times = again.folder.stat().st_ino, times + 1
+        assert prepared(medium, folder, tmp_path / "cache").folder.stat().st_ino == inode
+    harness.tell("prepared data damaged between two runs", medium, f"{times} of {count} flipped, cut or missing files "
+                 "found when the next run began; the same data were prepared again")

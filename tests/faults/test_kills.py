@@ -5,7 +5,6 @@ import multiprocessing
 import random
 import time
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import harness
@@ -18,14 +17,6 @@ from handmill.training import checkpoint, plan
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return harness.data(tmp_path_factory.mktemp("kills"))
-
-
-@cache
-def uninterrupted(name: str, home: Path) -> str:
-    """The hash of a run that was never stopped."""
-    out = home / "runs" / f"{name}-straight"
-    harness.finish(harness.words(name, home, out), home / f"{name}.log")
-    return harness.hashes(out)
 
 
 def killed_at(step: int, command: list[str], log: Path, chance: random.Random) -> None:
@@ -56,7 +47,7 @@ def broken_and_mended(name: str, home: Path, out: Path, kills: int, chance: rand
         newest = checkpoint.newest_facts(out / "checkpoints")
         assert (newest["step"] if newest else 0) > step - 4 - 1
     harness.finish(command, log)
-    assert harness.hashes(out) == uninterrupted(name, home)
+    assert harness.hashes(out) == harness.hash_of(name, home, "straight")
     assert {p.name for p in (out / "checkpoints").iterdir()} <= {f"step-{step}" for step in range(STEPS + 1)}
 
 
@@ -77,7 +68,7 @@ def test_a_kill_between_the_seal_and_the_name_of_a_checkpoint(home: Path) -> Non
     (out / f"{plan.TRIAL}x" / "step-0.tmp").mkdir(parents=True)  # and one in the plan's trial, at another time
     assert f"going on from step {STEPS}" in harness.finish(command, log)
     assert steps_told(out) == [*range(1, STEPS + 1)]
-    assert harness.hashes(out) == uninterrupted("gpt", home)
+    assert harness.hashes(out) == harness.hash_of("gpt", home, "straight")
     assert not [*out.glob(".*")]
 
 
@@ -97,7 +88,7 @@ def test_twenty_kills(name: str, home: Path) -> None:
 @pytest.mark.parametrize("name", ["gpt", "cgan"])
 def test_kills_from_the_first_moment_to_the_last(name: str, home: Path) -> None:
     """Preparation of the data, planning and writing of the model folder included."""
-    wanted, chance, ends = uninterrupted(name, home), random.Random(f"whole {name}"), []
+    wanted, chance, ends = harness.hash_of(name, home, "straight"), random.Random(f"whole {name}"), []
     start = time.monotonic()
     harness.finish(harness.words(name, home, home / f"whole-{name}" / "run"), home / f"{name}.log")
     seconds = time.monotonic() - start

@@ -240,14 +240,20 @@ def test_a_refusal_is_not_tried_again(home: Path) -> None:
                  "user must mend is not tried again")
 
 
+def under_way(home: Path, notes: Path, steps: int) -> Any:
+    """torchrun with two processes in a slow run, so many steps of which are done."""
+    process = ranks.torchrun(command("gpt", home, notes), notes, Fault(pause=0.3))
+    while len(ranks.steps(notes, 1)) < steps:
+        assert process.poll() is None, said(notes)
+        time.sleep(0.05)
+    return process
+
+
 @pytest.mark.faults
 def test_torchrun_is_asked_to_stop(home: Path) -> None:
     """SIGTERM to torchrun, which passes it on to all: they stop after the same step."""
     notes = home / "stop-torchrun"
-    process = ranks.torchrun(command("gpt", home, notes), notes, Fault(pause=0.3))
-    while len(ranks.steps(notes, 1)) < 5:
-        assert process.poll() is None, said(notes)
-        time.sleep(0.05)
+    process = under_way(home, notes, 5)
     process.terminate()
     process.wait(timeout=60)
     done = [len(ranks.steps(notes, rank)) for rank in (0, 1)]
@@ -264,10 +270,7 @@ def test_torchrun_is_asked_to_stop(home: Path) -> None:
 def test_torchrun_is_killed(home: Path) -> None:
     """No process is left behind that would go on writing into the run's folder."""
     notes = home / "orphans"
-    process = ranks.torchrun(command("gpt", home, notes), notes, Fault(pause=0.3))
-    while len(ranks.steps(notes, 1)) < 2:
-        assert process.poll() is None, said(notes)
-        time.sleep(0.05)
+    process = under_way(home, notes, 2)
     orphans = psutil.Process(process.pid).children()
     process.kill()
     process.wait()

@@ -24,18 +24,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return harness.data(tmp_path_factory.mktemp("seeds"))
 
 
-def hash_of(name: str, home: Path, run: str, *overrides: str) -> str:
-    out = home / "runs" / f"{name}-{run}"
-    harness.finish(harness.words(name, home, out, *overrides), home / "seeds.log")
-    return harness.hashes(out)
-
-
 @pytest.mark.parametrize("name", ["transformer-xl", "vae", *(
     pytest.param(name, marks=pytest.mark.faults) for name in FAMILIES if name not in ("transformer-xl", "vae"))])
 def test_the_same_seed_gives_the_same_weights(name: str, home: Path) -> None:
-    one, two = (hash_of(name, home, run, *SHORT) for run in "ab")
+    one, two = (harness.hash_of(name, home, run, *SHORT) for run in "ab")
     assert one == two
-    assert one != hash_of(name, home, "c", *SHORT, "seed=2")
+    assert one != harness.hash_of(name, home, "c", *SHORT, "seed=2")
     harness.tell("the same seed twice", name, "the same hash of weights, average and optimizer states; another for "
                  "another seed")
 

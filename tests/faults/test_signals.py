@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import time
-from functools import cache
 from pathlib import Path
 
 import harness
@@ -24,13 +23,6 @@ SLOW = ("training.steps=3", "training.batch=2048", "training.save_every=1")  # s
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return harness.data(tmp_path_factory.mktemp("signals"))
-
-
-@cache
-def undisturbed(name: str, home: Path) -> str:
-    out = home / "runs" / f"{name}-straight"
-    harness.finish(harness.words(name, home, out, *LONG), home / f"{name}.log")
-    return harness.hashes(out)
 
 
 def asked_to_stop(command: list[str], out: Path, step: int, number: int) -> float:
@@ -64,7 +56,7 @@ def stopped_and_resumed(name: str, home: Path, numbers: list[int], chance: rando
     for step, number in zip(steps, numbers, strict=True):
         longest = max(longest, asked_to_stop(command, out, step, number))
     harness.finish(command, out.with_suffix(".log"))
-    assert harness.hashes(out) == undisturbed(name, home)
+    assert harness.hashes(out) == harness.hash_of(name, home, "straight", *LONG)
     return longest
 
 
@@ -120,5 +112,5 @@ def test_a_terminal_that_is_closed(home: Path) -> None:
         pass
     os.close(ours)
     assert process.wait(timeout=300) == 0
-    assert harness.hashes(out) == undisturbed("lstm", home)
+    assert harness.hashes(out) == harness.hash_of("lstm", home, "straight", *LONG)
     harness.tell("the terminal is closed", "lstm, in a session of its own", "training goes on to its end in silence")

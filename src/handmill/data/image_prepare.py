@@ -32,7 +32,7 @@ from handmill.data.images import FORMAT, Images, write_split
 from handmill.data.prepared import write_json
 from handmill.data.progress import Bar
 from handmill.data.splits import NAMES, Parts
-from handmill.data.staging import staged
+from handmill.data.staging import ready
 from handmill.errors import UserError
 from handmill.media.image import Data
 from handmill.recipe import Recipe
@@ -40,6 +40,7 @@ from handmill.recipe import Recipe
 _AUGMENTATION = ("flip", "shift", "rotation", "colour_jitter", "binarise")
 _THREADS = 4  # that decode
 _AHEAD = 16  # payloads read before they are decoded
+ROOM = "about three times the size of the images as raw pixels"  # that preparing takes on the disk
 
 
 def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Images:
@@ -47,11 +48,7 @@ def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Images:
     cache = Path(cache)
     found = image_files.find(recipe.data, cache)
     mark = fingerprint(recipe, found)
-    folder = cache / mark
-    if not Images.whole(folder):
-        with staged(folder, Images.whole, "about three times the size of the images as raw pixels") as work:
-            _make(recipe, found, mark, work, progress)
-    return Images.open(folder)
+    return ready(Images, cache / mark, lambda work: _make(recipe, found, mark, work, progress), ROOM)
 
 
 def fingerprint(recipe: Recipe, found: list[Given]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from handmill.data.corpus import Ints
 from handmill.data.decoding import Pixels
-from handmill.data.prepared import Prepared, read_json, write_json
+from handmill.data.prepared import Prepared, read_array, read_json, write_json
 from handmill.data.splits import NAMES
 from handmill.errors import UserError
 
@@ -83,12 +83,7 @@ class Images(Prepared):
         if not shape[0]:
             return np.zeros(shape, dtype)
         file = self.folder / name
-        try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise UserError(f"{file} is missing: prepare the data again, or copy the whole folder") from None
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{file} is damaged ({error}): prepare the data again") from None
+        array = read_array(file)
         if array.shape != shape or array.dtype != dtype:
             raise UserError(f"{file} holds {array.dtype} {array.shape} where {dtype} {shape} was written: prepare the "
                             "data again")

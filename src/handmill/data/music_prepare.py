@@ -27,7 +27,7 @@ from handmill.data.music_read import Copies, Piece, Read
 from handmill.data.prepared import write_json
 from handmill.data.progress import Bar
 from handmill.data.splits import NAMES, Parts
-from handmill.data.staging import staged
+from handmill.data.staging import ready
 from handmill.errors import UserError
 from handmill.media.keys import key_of_score
 from handmill.media.music import Data
@@ -36,6 +36,7 @@ from handmill.media.music_words import key_of
 from handmill.recipe import Recipe
 
 _EVENTS_GRID = 4  # steps a quarter note of chorales that become events
+ROOM = "about the size of the MIDI files"  # that preparing takes on the disk
 
 
 def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Pieces:
@@ -43,11 +44,7 @@ def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Pieces:
     cache = Path(cache)
     found = music_files.find(recipe.data, cache)
     mark = fingerprint(recipe, found)
-    folder = cache / mark
-    if not Pieces.whole(folder):
-        with staged(folder, Pieces.whole, "about the size of the MIDI files") as work:
-            _make(recipe, found, mark, work, progress)
-    return Pieces.open(folder)
+    return ready(Pieces, cache / mark, lambda work: _make(recipe, found, mark, work, progress), ROOM)
 
 
 def fingerprint(recipe: Recipe, found: list[Given]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from handmill.data.corpus import Ints
-from handmill.data.prepared import Prepared, read_json
+from handmill.data.prepared import Prepared, read_array, read_json
 from handmill.data.splits import NAMES
 from handmill.errors import UserError
 from handmill.media.tokenizers import Tokenizer, Tokens, load
@@ -60,11 +60,7 @@ class Packed(Prepared):
 
     def starts(self, split: str) -> Ints:
         """The place of each document's leading `end`: (documents,) int64. Raises UserError as `tokens`."""
-        file = self._whole(f"{split}.starts.npy", None)
-        try:
-            starts: Ints = np.load(file, mmap_mode="r" if self.documents(split) else None, allow_pickle=False)
-        except ValueError as error:
-            raise UserError(f"{file} is damaged ({error}): prepare the data again") from None
+        starts: Ints = read_array(self.folder / f"{split}.starts.npy", mapped=self.documents(split) > 0)
         return starts
 
     def codec(self) -> Tokenizer:
@@ -92,11 +88,11 @@ class Packed(Prepared):
         inside = self.folder / "codec"
         return inside if inside.is_dir() else self.folder.parent / "codec"
 
-    def _whole(self, name: str, size: int | None) -> Path:
+    def _whole(self, name: str, size: int) -> Path:
         file = self.folder / name
         if not file.is_file():
             raise UserError(f"{file} is missing: prepare the data again, or copy the whole folder")
-        if size is not None and file.stat().st_size != size:
+        if file.stat().st_size != size:
             raise UserError(f"{file} is not {size} bytes long as it was written: prepare the data again")
         return file
 

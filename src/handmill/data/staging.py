@@ -3,15 +3,32 @@
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from handmill.data.prepared import HASHES, TABLES, write_json
+from handmill.data.prepared import HASHES, Prepared, damaged, write_json
 from handmill.disk import fingerprint, flush
 from handmill.errors import UserError
 
+Kind = TypeVar("Kind", bound=Prepared)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def ready(kind: type[Kind], folder: Path, make: Callable[[Path], None], room: str) -> Kind:
+    """The prepared data in `folder`, made there, by `make` in the folder it is given, unless they are sound.
+
+    Raises UserError where the disk is full (`room` says how much it takes) or cannot be written.
+    """
+    if not kind.sound(folder):
+        if folder.exists():
+            print(f"warning: {folder / damaged(folder)} is not as it was written: the data are prepared again",
+                  file=sys.stderr)
+        with staged(folder, kind.sound, room) as work:
+            make(work)
+    return kind.open(folder)
 
 
 @contextmanager
@@ -27,8 +44,8 @@ def staged(folder: Path, whole: Callable[[Path], bool], room: str) -> Iterator[P
         _sweep(folder.parent)
         work.mkdir()
         yield work
-        write_json(work / HASHES, {file.relative_to(work).as_posix(): fingerprint(file) for file in sorted(
-            work.rglob("*")) if file.is_file() and file.name not in TABLES})
+        files = sorted(file for file in work.rglob("*") if file.is_file())
+        write_json(work / HASHES, {file.relative_to(work).as_posix(): fingerprint(file) for file in files})
         for path in [*work.rglob("*"), work]:
             flush(path)
         if not whole(folder):

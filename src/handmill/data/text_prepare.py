@@ -23,7 +23,7 @@ from handmill.data.prepared import write_json
 from handmill.data.progress import Bar
 from handmill.data.sources import Source, find
 from handmill.data.splits import Parts
-from handmill.data.staging import staged
+from handmill.data.staging import ready
 from handmill.data.text_report import compose
 from handmill.media import tokenizers
 from handmill.media.tokenizers import Tokenizer
@@ -39,11 +39,7 @@ def prepare(recipe: Recipe, cache: Path, progress: bool = True) -> Packed:
     cache = Path(cache)
     sources = find(recipe.data.paths, cache)
     mark = fingerprint(recipe, sources)
-    folder = cache / mark
-    if not Packed.whole(folder):
-        with staged(folder, Packed.whole, ROOM) as work:
-            _make(recipe, sources, mark, work, progress)
-    return Packed.open(folder)
+    return ready(Packed, cache / mark, lambda work: _make(recipe, sources, mark, work, progress), ROOM)
 
 
 def fingerprint(recipe: Recipe, sources: list[Source]) -> str:

@@ -7,6 +7,7 @@ plans. Only a step far below the free memory is counted on the real ones, which 
 An element is one item of a batch, such as the sequence of a text model.
 """
 
+import os
 import shutil
 import signal
 import statistics
@@ -322,6 +323,8 @@ def refuse(plan: Plan, recipe: Recipe) -> None:
 def lines(plan: Plan) -> list[str]:
     """The plan for the screen."""
     evaluations = f"{duration(plan.evaluate_seconds)} an evaluation, {duration(plan.save_seconds)} a checkpoint"
+    threads, cores = plan.choices.threads, os.cpu_count() or 1
+    few = f"{threads} of {cores}: other programs are busy, or OMP_NUM_THREADS says so" if threads < cores else ""
     table = [
         ("parameters", f"{plan.parameters:,}"),
         ("memory", f"{size(plan.memory_bytes)} of {size(plan.memory_limit)} (tracked {plan.memory_tracked})"),
@@ -330,6 +333,7 @@ def lines(plan: Plan) -> list[str]:
         ("time", f"{duration(plan.seconds)}: {plan.steps:,} steps of {1000 * plan.step_seconds:.3g} ms, {evaluations}"
          if plan.step_seconds else "not measured"),
         *(("chosen", reason) for reason in plan.reasons),
+        *([("threads", few)] if few else []),
         *([("saving", plan.saving)] if plan.saving else []),
         *([("does not fit", plan.fault)] if plan.fault else []),
     ]

@@ -1,10 +1,9 @@
 """`train`: a recipe becomes a model folder."""
 
-import os
 import shutil
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,36 +40,20 @@ def train(recipe: Recipe | Path | str, out: Path | str | None = None, overrides:
 
 
 def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started: float, held: ExitStack) -> Path:
-    with distributed.first() as mine:
-        if mine:
-            claim(out, recipe, held)
-            clear_leftovers(out)
-            prepared = data.prepare(recipe, out.parent / ".prepared", progress=not quiet)
-    if distributed.rank() > 0:
-        prepared = data.prepare(recipe, out.parent / ".prepared", progress=False)
+    prepared = claimed(recipe, out, quiet, held)
     network, codec, task = assemble(recipe, prepared, device, out)
     saved, made_of = checkpoint.newest_facts(out / "checkpoints"), sources(prepared, codec)
     refuse_other(made_of, saved, out)
-    choices = Choices(**saved["choices"]) if saved else None
-    torch.set_num_threads(choices.threads if choices else free_threads())
-    made = plan.make(recipe, network, task, device, out, choices) if distributed.rank() == 0 else None
-    planned = distributed.agreed(made)
-    plan.refuse(planned, recipe)
+    planned = agreed_plan(recipe, network, task, device, out, Choices(**saved["choices"]) if saved else None)
     peak = matrix_peak(device, torch.bfloat16 if planned.choices.precision == "bf16" else torch.float32)
-    monitor = Monitor(out, quiet, saved["progress"]["step"] if saved else 0)
-    try:
+    with closing(Monitor(out, quiet, saved["progress"]["step"] if saved else 0)) as monitor:
         for line in [*data.report_lines(recipe, prepared), *plan.lines(planned)]:
             monitor.say(line)
-        if planned.choices.threads < (os.cpu_count() or 1):
-            monitor.say(f"threads       {planned.choices.threads} of {os.cpu_count()}: other programs are busy, or "
-                        "OMP_NUM_THREADS says so")
         setup = time.perf_counter() - started
         run = Run(task, recipe.training, recipe.seed, out, device, monitor, planned.choices, peak, made_of)
         if run.resume():
             monitor.say(f"going on from step {run.progress.step}")
         progress = run.train()
-    finally:
-        monitor.close()
     if progress.step < recipe.training.steps and not progress.stopped:
         if not quiet:
             tell(f"stopped at step {progress.step}; the same command goes on from there")
@@ -80,8 +63,29 @@ def _train(recipe: Recipe, out: Path, device: torch.device, quiet: bool, started
             facts = summary(recipe, network, task, progress, planned, setup, prepared)
             finish(out, recipe, network, run, codec, prepared, facts)
             if not quiet:
-                tell("\n".join(closing(out, task, facts)))
+                tell("\n".join(last_lines(out, task, facts)))
     return out
+
+
+def claimed(recipe: Recipe, out: Path, quiet: bool, held: ExitStack) -> Any:
+    """The prepared data, once `out` is this run's own and free of leftovers."""
+    cache = out.parent / ".prepared"
+    with distributed.first() as mine:
+        if mine:
+            claim(out, recipe, held)
+            clear_leftovers(out)
+            prepared = data.prepare(recipe, cache, progress=not quiet)
+    return prepared if distributed.rank() == 0 else data.prepare(recipe, cache, progress=False)
+
+
+def agreed_plan(recipe: Recipe, network: nn.Module, task: Task, device: torch.device, out: Path,
+                kept: Choices | None) -> plan.Plan:
+    """The plan of the first process, which all follow. Raises UserError where it does not fit the machine."""
+    torch.set_num_threads(kept.threads if kept else free_threads())
+    made = plan.make(recipe, network, task, device, out, kept) if distributed.rank() == 0 else None
+    planned: plan.Plan = distributed.agreed(made)
+    plan.refuse(planned, recipe)
+    return planned
 
 
 def tell(text: str) -> None:
@@ -178,7 +182,7 @@ def finish(out: Path, recipe: Recipe, network: nn.Module, run: Run, codec: Any, 
     draw_curve(out / "metrics.jsonl", out / "loss.png", facts["measure"], facts["training_measure"])
 
 
-def closing(out: Path, task: Task, facts: dict[str, Any]) -> list[str]:
+def last_lines(out: Path, task: Task, facts: dict[str, Any]) -> list[str]:
     predicted, actual = facts["plan"]["predicted"], facts["plan"]["actual"]
     picture = [f"samples       {task.picture}"] if task.picture and task.picture.exists() else []
     return [
