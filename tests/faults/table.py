@@ -15,6 +15,9 @@ What a run survives, how, and what was done to real runs of every family to see 
 - **One rule after every fault: run the same command again.** It goes on from the newest checkpoint that is whole and
   ends with the bits that the undisturbed run ends with. All randomness is a function of (seed, position), so that a
   checkpoint holds no random state: weights, optimizer states, averages, carried state, and the step are enough.
+- **The same seed gives the same weights in the same arithmetic.** Precision, compilation and threads that are left to
+  `auto` are measured for a new run, and kept by one that goes on; the receipt names them, and `training.precision` and
+  `training.compile` fix them. The runs below have them fixed.
 - **A checkpoint is whole or not there** ([checkpoint.py](../src/handmill/training/checkpoint.py)): written beside its
   place, flushed, sealed with the SHA-256 of every file, renamed. Loading checks every byte; what is not as it was
   written is passed over with a line that names the file, and the one before is taken (`training.keep` of them stay).
