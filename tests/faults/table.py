@@ -1,10 +1,11 @@
 """docs/faults.md from the rows that tests told: python tests/faults/table.py faults.jsonl > docs/faults.md"""
 
 import json
-import platform
 import sys
 from datetime import date
 from pathlib import Path
+
+from handmill.training.precision import machine
 
 HEAD = """# Faults
 
@@ -64,16 +65,15 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def machine() -> str:
-    import torch
-
-    return (f"Measured on {date.today()} with Python {platform.python_version()} and torch {torch.__version__} on "
-            f"{platform.system()}, OMP_NUM_THREADS=1.")
+def measured() -> str:
+    on = machine()
+    return (f"Measured on {date.today()} on {on['cores']} cores of {on['cpu']} with {on['memory_gib']} GiB, "
+            f"{on['system']}, Python {on['python']}, torch {on['torch']}, OMP_NUM_THREADS=1.")
 
 
 def main(file: Path) -> None:
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    print(f"{HEAD}\n{machine()}\n\n{table(rows)}")
+    print(f"{HEAD}\n{measured()}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

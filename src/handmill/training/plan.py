@@ -402,11 +402,9 @@ def fastest(job: Job, real: Rehearsal, fitting: Mapping[str, int]) -> tuple[Spee
         speeds[precision] = measure(job, real, job.choices(precision, micro), micro, best)
     least = {p: s.step for p, s in speeds.items()}
     close = {p: s for p, s in speeds.items() if s.step < CLOSE * min(least.values())}
-    if len(close) > 1:
-        turns = in_turns(real, close)
-        least |= {p: min(steps) for p, steps in turns.items()}
-        speeds |= {p: replace(close[p], passes=statistics.median_low(steps) - close[p].update)
-                   for p, steps in turns.items()}
+    for p, passes in (in_turns(real, close) if len(close) > 1 else {}).items():
+        least[p] = min(passes) + speeds[p].update
+        speeds[p] = replace(speeds[p], passes=statistics.median_low(passes))
     chosen = min(least, key=lambda p: least[p])
     others = [f"{p} takes {1000 * s:.3g} ms a step" for p, s in least.items() if p != chosen]
     how = ", ".join([f"{chosen} at {1000 * least[chosen]:.3g} ms a step", *others])
@@ -417,16 +415,15 @@ def fastest(job: Job, real: Rehearsal, fitting: Mapping[str, int]) -> tuple[Spee
 
 
 def in_turns(real: Rehearsal, speeds: Mapping[str, Speed]) -> dict[str, list[float]]:
-    """Seconds of some whole steps of each, one after the other."""
-    steps: dict[str, list[float]] = {name: [] for name in speeds}
+    """Seconds that the passes of a step take, measured some times of each, one after the other."""
+    passes: dict[str, list[float]] = {name: [] for name in speeds}
     start, turns = time.perf_counter(), 0
     while not turns or (turns < TURNS and time.perf_counter() - start < PROBE_SECONDS):
         for name, speed in speeds.items():
-            passes = real.passes(speed.choices, speed.elements) * speed.passes / speed.pace
-            steps[name].append(passes + speed.update)
+            passes[name].append(real.passes(speed.choices, speed.elements) * speed.passes / speed.pace)
             real.drop()
         turns += 1
-    return steps
+    return passes
 
 
 def measure(job: Job, real: Rehearsal, choices: Choices, micro: int, best: Speed | None = None) -> Speed:
